@@ -1,0 +1,37 @@
+# Everything runs from .venv, which `make setup` makes; node and npm come from there too.
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+SETUP_DONE := .venv/.setup-done
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint fmt proto bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(SETUP_DONE) ## make .venv with everything pinned (TORCH_INDEX=URL takes torch from another index)
+$(SETUP_DONE): pyproject.toml constraints.txt package.json package-lock.json tools/setup.sh
+	@tools/setup.sh "$(PYTHON)" "$(TORCH_INDEX)" && touch $@
+
+demo: setup ## serve the bundled model, stream an answer, show the numbers, stop
+	@$(BIN)/python tools/demo.py
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: setup ## check style, types, floors, sizes, protos and generated code
+	@$(BIN)/python -m tools.lint
+
+fmt: setup ## rewrite the Python files in the project's format
+	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format .
+
+proto: setup ## regenerate the code beside the .proto files
+	@$(BIN)/python -m tools.generate_stubs
+
+bench: setup ## compare with transformers on this machine; writes benchmarks/results/
+	@$(BIN)/python -m benchmarks.compare_cpu
+
+clean: ## remove caches and build output (keeps .venv)
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Rillgate's client: needs grpcio and protobuf alone, and never imports the server."""

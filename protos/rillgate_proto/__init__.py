@@ -1,0 +1,1 @@
+"""The protocol: .proto files and, beside them, the Python code generated from them."""
