@@ -1,0 +1,307 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class EngineFinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENGINE_FINISH_REASON_UNSPECIFIED: _ClassVar[EngineFinishReason]
+    ENGINE_FINISH_REASON_STOP: _ClassVar[EngineFinishReason]
+    ENGINE_FINISH_REASON_LENGTH: _ClassVar[EngineFinishReason]
+
+class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REJECT_REASON_UNSPECIFIED: _ClassVar[RejectReason]
+    REJECT_REASON_INVALID: _ClassVar[RejectReason]
+    REJECT_REASON_TOO_LONG: _ClassVar[RejectReason]
+    REJECT_REASON_OVERLOADED: _ClassVar[RejectReason]
+    REJECT_REASON_DRAINING: _ClassVar[RejectReason]
+
+class EngineState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENGINE_STATE_UNSPECIFIED: _ClassVar[EngineState]
+    ENGINE_STATE_READY: _ClassVar[EngineState]
+    ENGINE_STATE_DRAINING: _ClassVar[EngineState]
+ENGINE_FINISH_REASON_UNSPECIFIED: EngineFinishReason
+ENGINE_FINISH_REASON_STOP: EngineFinishReason
+ENGINE_FINISH_REASON_LENGTH: EngineFinishReason
+REJECT_REASON_UNSPECIFIED: RejectReason
+REJECT_REASON_INVALID: RejectReason
+REJECT_REASON_TOO_LONG: RejectReason
+REJECT_REASON_OVERLOADED: RejectReason
+REJECT_REASON_DRAINING: RejectReason
+ENGINE_STATE_UNSPECIFIED: EngineState
+ENGINE_STATE_READY: EngineState
+ENGINE_STATE_DRAINING: EngineState
+
+class EngineCommand(_message.Message):
+    __slots__ = ("submit", "abort")
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    submit: Submit
+    abort: Abort
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+
+class Submit(_message.Message):
+    __slots__ = ("request_key", "request_id", "cache_salt", "prompt_token_ids", "choices", "sampling", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "num_logprobs", "num_prompt_logprobs")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    request_key: int
+    request_id: str
+    cache_salt: bytes
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    choices: _containers.RepeatedCompositeFieldContainer[SubmitChoice]
+    sampling: EngineSampling
+    max_tokens: int
+    min_tokens: int
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    ignore_eos: bool
+    num_logprobs: int
+    num_prompt_logprobs: int
+    def __init__(self, request_key: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[_Union[SubmitChoice, _Mapping]]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., num_logprobs: _Optional[int] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
+
+class SubmitChoice(_message.Message):
+    __slots__ = ("index", "generated_token_ids")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    generated_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., generated_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class EngineSampling(_message.Message):
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed")
+    class LogitBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: _containers.ScalarMap[int, float]
+    seed: int
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Abort(_message.Message):
+    __slots__ = ("request_key", "choice_indices")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_INDICES_FIELD_NUMBER: _ClassVar[int]
+    request_key: int
+    choice_indices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_key: _Optional[int] = ..., choice_indices: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class EngineEvent(_message.Message):
+    __slots__ = ("step_output", "rejected")
+    STEP_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    step_output: StepOutput
+    rejected: Rejected
+    def __init__(self, step_output: _Optional[_Union[StepOutput, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ...) -> None: ...
+
+class StepOutput(_message.Message):
+    __slots__ = ("step_id", "request_key", "choice_index", "token_offset", "num_tokens", "token_ids", "logprobs", "started", "finished", "failed")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    request_key: _containers.RepeatedScalarFieldContainer[int]
+    choice_index: _containers.RepeatedScalarFieldContainer[int]
+    token_offset: _containers.RepeatedScalarFieldContainer[int]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[EntryLogprobs]
+    started: _containers.RepeatedCompositeFieldContainer[RequestStarted]
+    finished: _containers.RepeatedCompositeFieldContainer[ChoiceFinished]
+    failed: _containers.RepeatedCompositeFieldContainer[RequestFailed]
+    def __init__(self, step_id: _Optional[int] = ..., request_key: _Optional[_Iterable[int]] = ..., choice_index: _Optional[_Iterable[int]] = ..., token_offset: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[EntryLogprobs, _Mapping]]] = ..., started: _Optional[_Iterable[_Union[RequestStarted, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[ChoiceFinished, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[RequestFailed, _Mapping]]] = ...) -> None: ...
+
+class EntryLogprobs(_message.Message):
+    __slots__ = ("entry", "request_key", "positions")
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    entry: int
+    request_key: int
+    positions: _containers.RepeatedCompositeFieldContainer[EngineTokenLogprobs]
+    def __init__(self, entry: _Optional[int] = ..., request_key: _Optional[int] = ..., positions: _Optional[_Iterable[_Union[EngineTokenLogprobs, _Mapping]]] = ...) -> None: ...
+
+class EngineTokenLogprobs(_message.Message):
+    __slots__ = ("token_id", "logprob", "top_token_ids", "top_logprobs")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    top_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class RequestStarted(_message.Message):
+    __slots__ = ("request_key", "queue_ms", "cached_device_tokens")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_key: int
+    queue_ms: float
+    cached_device_tokens: int
+    def __init__(self, request_key: _Optional[int] = ..., queue_ms: _Optional[float] = ..., cached_device_tokens: _Optional[int] = ...) -> None: ...
+
+class ChoiceFinished(_message.Message):
+    __slots__ = ("request_key", "choice_index", "reason", "num_tokens", "num_preemptions")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    request_key: int
+    choice_index: int
+    reason: EngineFinishReason
+    num_tokens: int
+    num_preemptions: int
+    def __init__(self, request_key: _Optional[int] = ..., choice_index: _Optional[int] = ..., reason: _Optional[_Union[EngineFinishReason, str]] = ..., num_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+
+class RequestFailed(_message.Message):
+    __slots__ = ("request_key", "message")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    request_key: int
+    message: str
+    def __init__(self, request_key: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Rejected(_message.Message):
+    __slots__ = ("request_key", "reason", "asked", "free", "limit", "retry_after_ms", "message")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    request_key: int
+    reason: RejectReason
+    asked: int
+    free: int
+    limit: int
+    retry_after_ms: int
+    message: str
+    def __init__(self, request_key: _Optional[int] = ..., reason: _Optional[_Union[RejectReason, str]] = ..., asked: _Optional[int] = ..., free: _Optional[int] = ..., limit: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReplicaEvent(_message.Message):
+    __slots__ = ("welcome", "load")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    load: Load
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("protocol_version", "replica_id", "incarnation", "model", "model_version_digest", "tokenizer_digest", "vocab_size", "max_context_tokens", "block_size_tokens", "hash_scheme", "kv_dtype", "tensor_parallel_size", "max_running")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HASH_SCHEME_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    replica_id: str
+    incarnation: int
+    model: str
+    model_version_digest: str
+    tokenizer_digest: str
+    vocab_size: int
+    max_context_tokens: int
+    block_size_tokens: int
+    hash_scheme: str
+    kv_dtype: str
+    tensor_parallel_size: int
+    max_running: int
+    def __init__(self, protocol_version: _Optional[int] = ..., replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., model_version_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., hash_scheme: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., max_running: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("step_id", "step_age_ms", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "device", "prefill_tokens_per_s", "decode_step_ms", "num_preemptions", "num_cached_tokens", "num_prompt_tokens")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    step_age_ms: float
+    state: EngineState
+    num_running: int
+    num_waiting: int
+    num_running_tokens: int
+    num_waiting_tokens: int
+    device: TierLoad
+    prefill_tokens_per_s: float
+    decode_step_ms: float
+    num_preemptions: int
+    num_cached_tokens: int
+    num_prompt_tokens: int
+    def __init__(self, step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., state: _Optional[_Union[EngineState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., device: _Optional[_Union[TierLoad, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ...) -> None: ...
+
+class TierLoad(_message.Message):
+    __slots__ = ("num_blocks", "num_blocks_free", "num_blocks_used", "num_blocks_cached")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    num_blocks_free: int
+    num_blocks_used: int
+    num_blocks_cached: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_blocks_free: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ...) -> None: ...

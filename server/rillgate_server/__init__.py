@@ -1,0 +1,1 @@
+"""Rillgate's server: gateway, replica and supervisor."""

@@ -1,0 +1,1 @@
+"""Configuration: frozen groups, and where they are read from."""

@@ -1,0 +1,1 @@
+"""The plain types and pure functions that every other package builds on."""

@@ -1,0 +1,76 @@
+"""A request as the engine takes it: token ids in, every value resolved.
+
+Frozen: what changes while a request runs belongs to the scheduler. Does not know text, tenants'
+names, gRPC, or which stream asked.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from rillgate_server.core.sampling_params import SamplingParams
+
+NO_SALT = bytes(16)
+"""The salt of a prefix that anybody may share."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceStart:
+    """One unfinished choice, and what was already generated for it."""
+
+    index: int
+    """Its index in the caller's request; keys its draws."""
+    generated_token_ids: tuple[int, ...] = ()
+    """Tokens to replay; empty = a fresh start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the scheduler is given by `add`."""
+
+    request_id: int
+    """Unique in the engine's life."""
+    prompt_token_ids: tuple[int, ...]
+    """At least one."""
+    choices: tuple[ChoiceStart, ...]
+    """At least one; indices are distinct."""
+    sampling: SamplingParams
+    """Shared by the choices; a choice's index keys its draws."""
+    max_tokens: int
+    """Most tokens per choice from the original start; the context leaves room for them."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ids that end a choice once it has `sampling.min_tokens`; the model's own are in it unless the
+    caller ignores them."""
+    cache_salt: bytes = NO_SALT
+    """16 bytes, mixed into the block hashes."""
+    arrival_s: float = 0.0
+    """When it arrived, on the engine's clock."""
+
+
+class FinishReason(Enum):
+    """Why the engine ended a choice."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class RejectReason(Enum):
+    """Why a request was not taken on."""
+
+    INVALID = "invalid"
+    TOO_LONG = "too_long"
+    OVERLOADED = "overloaded"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A request that was not taken on, and was never queued."""
+
+    reason: RejectReason
+    message: str
+    """For the caller; gives the numbers."""
+    asked: int = 0
+    free: int = 0
+    limit: int = 0
+    retry_after_s: float = 0.0
+    """Predicted time until a retry can pay."""

@@ -1,0 +1,170 @@
+"""What crosses between the control plane and the data plane: one plan down, one result up.
+
+Plain ints and tuples, no tensors. A plan names rows and positions, never the token that the step
+before sampled: the worker keeps each slot's token buffer, penalty counts and block table. So a
+plan can be made before the result of the one before it (contracts, section 1).
+
+A slot is the worker's seat for one choice, from its SlotStart to the plan that names it in
+`ended_slots`. A preempted choice gives its seat up; when it runs again it gets a new SlotStart
+with all of its tokens.
+
+A request's positions, and what a RowPlan computes of them:
+
+    0 ........ start ............ start + num_tokens ....... all tokens known
+    |in cache  |computed this step|later                     |
+                                 ^ samples: true when this reaches the last known token
+"""
+
+from dataclasses import dataclass, field
+
+from rillgate_server.core.request import FinishReason
+from rillgate_server.core.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStart:
+    """A slot that is set up before the step."""
+
+    slot: int
+    token_ids: tuple[int, ...]
+    """Prompt, then replayed or formerly generated tokens."""
+    num_prompt_tokens: int
+    block_table: tuple[int, ...]
+    """Blocks held so far: prefix hits and what the first chunk needs."""
+    sampling: SamplingParams
+    choice_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """A run of one slot's positions to compute."""
+
+    slot: int
+    start: int
+    """Position of its first token."""
+    num_tokens: int
+    """At least 1."""
+    new_blocks: tuple[int, ...] = ()
+    """Appended to the slot's block table before the step. Blocks of a slot that starts in this
+    step are in its SlotStart alone."""
+    samples: bool = True
+    """Whether its last position samples the next token."""
+    prompt_logprobs: bool = False
+    """Whether its positions' logits give the prompt's log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Results come back in the order of `step_id`."""
+
+    step_id: int
+    """+1 each."""
+    starts: tuple[SlotStart, ...]
+    rows: tuple[RowPlan, ...]
+    """Packed in this order; results in this order."""
+    ended_slots: tuple[int, ...] = ()
+    """Free on the worker before this step's starts: a start of the same plan may reuse one."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, from the raw logits."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRow:
+    """A row whose request ends alone."""
+
+    slot: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where a step's time went, in seconds."""
+
+    model_s: float = 0.0
+    sample_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the data plane gives back for one plan."""
+
+    step_id: int
+    token_ids: tuple[tuple[int, ...], ...]
+    """One entry per sampling row, in the plan's order; empty if the row failed."""
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """One entry per sampling row when any row asked, else empty."""
+    prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...] = ()
+    """(slot, one entry per position of the row that predicts a prompt token)."""
+    failed_rows: tuple[FailedRow, ...] = ()
+    times: StepTimes = field(default_factory=StepTimes)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceTokens:
+    """New tokens of one choice."""
+
+    request_id: int
+    choice_index: int
+    token_offset: int
+    """Tokens of the choice before these, given ones included."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStarted:
+    """A request left the queue for the first time."""
+
+    request_id: int
+    queue_s: float
+    num_cached_tokens: int
+    """Prompt tokens found in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinished:
+    """A choice ended."""
+
+    request_id: int
+    choice_index: int
+    reason: FinishReason
+    num_tokens: int
+    """From the original start."""
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """The prompt's log-probabilities, from its second token on, all at once."""
+
+    request_id: int
+    positions: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """A request ended by a fault; nothing follows for any of its choices."""
+
+    request_id: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step means for the requests. Entries of one kind are in no promised order, but
+    for one request: started, then tokens, then finished."""
+
+    step_id: int
+    started: tuple[RequestStarted, ...] = ()
+    tokens: tuple[ChoiceTokens, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    finished: tuple[ChoiceFinished, ...] = ()
+    failed: tuple[RequestFailed, ...] = ()

@@ -1,0 +1,1 @@
+"""The key/value cache's control plane: block pools and the prefix index."""

@@ -1,0 +1,1 @@
+"""The replica process: an engine behind a gRPC door."""

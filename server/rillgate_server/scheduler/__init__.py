@@ -1,0 +1,1 @@
+"""The batcher's control plane: who runs in the next step."""

@@ -1,0 +1,1 @@
+"""The data plane: tensors and the model."""

@@ -1,0 +1,1 @@
+"""The model's network: tokens and positions in, logits out."""
