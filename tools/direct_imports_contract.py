@@ -6,6 +6,8 @@ decision; the standard library always is. Packages that do not exist yet are pas
 """
 
 import sys
+from collections.abc import Iterable
+from typing import cast
 
 from grimp import ImportGraph
 from importlinter import Contract, ContractCheck, fields, output
@@ -27,7 +29,7 @@ class DirectImportsContract(Contract):
     def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
         """Collect `importer -> imported` for every import that is not allowed."""
         del verbose
-        allowed = sys.stdlib_module_names | set(self.allowed or ())  # type: ignore[call-overload]
+        allowed = sys.stdlib_module_names | _names(self.allowed)
         offences = sorted(
             (importer, imported)
             for importer in graph.modules
@@ -43,10 +45,15 @@ class DirectImportsContract(Contract):
             output.print_error(f"{importer} must not import {imported}")
 
     def _covers(self, module: str) -> bool:
-        def within(packages: object) -> bool:
-            return any(
-                module == package or module.startswith(f"{package}.")
-                for package in packages or ()  # type: ignore[attr-defined]
-            )
+        return _is_within(module, _names(self.packages)) and not _is_within(
+            module, _names(self.except_packages)
+        )
 
-        return within(self.packages) and not within(self.except_packages)
+
+def _names(field: object) -> set[str]:
+    """Read a declared field, which import-linter replaces with the configured strings, or None."""
+    return set(cast(Iterable[str], field or ()))
+
+
+def _is_within(module: str, packages: set[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
