@@ -52,7 +52,9 @@ class ModelNotFound(RillgateError):
         """Name what was asked for and what there is."""
         self.model = model
         self.available = available
-        super().__init__(f"model {model[:200]!r} is not served here; served: {', '.join(available)}")
+        super().__init__(
+            f"model {model[:200]!r} is not served here; served: {', '.join(available)}"
+        )
 
 
 class VersionGone(RillgateError):
@@ -71,7 +73,9 @@ class ContinuationMismatch(RillgateError):
     def __init__(self, field: str, asked: str, actual: str) -> None:
         """Say what differs."""
         self.field = field
-        super().__init__(f"continuation.{field} is {asked[:100]}, but this request gives {actual[:100]}")
+        super().__init__(
+            f"continuation.{field} is {asked[:100]}, but this request gives {actual[:100]}"
+        )
 
 
 # -- nobody's fault: try later or elsewhere -------------------------------------------------------

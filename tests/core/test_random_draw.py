@@ -31,11 +31,13 @@ def test_uniform_is_inside_the_open_interval_and_spread_evenly():
     draws = [uniform(seed=7, choice=0, position=i) for i in range(1000)]
     assert all(0.0 < u < 1.0 for u in draws)
     bins = [sum(k / 10 <= u < (k + 1) / 10 for u in draws) for k in range(10)]
-    assert min(bins) > 50 and max(bins) < 200
+    assert min(bins) > 50
+    assert max(bins) < 200
 
 
 def test_uniform_depends_on_seed_choice_and_position():
     """Changing any of the three, the seed's high half included, changes the number."""
     base = uniform(1, 2, 3)
     others = {uniform(0, 2, 3), uniform(1 + 2**32, 2, 3), uniform(1, 0, 3), uniform(1, 2, 4)}
-    assert base not in others and len(others) == 4
+    assert base not in others
+    assert len(others) == 4
