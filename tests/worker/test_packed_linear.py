@@ -1,0 +1,33 @@
+"""Packed linear layers against torch's own."""
+
+import pytest
+import torch
+from torch import nn
+
+from rillgate_server.worker.packed_linear import PackedLinear, pack_linear_layers
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 40, 257])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_gives_the_product(num_rows: int, bias: bool) -> None:
+    """Against the product in float64, to the precision of one rounding to bf16."""
+    torch.manual_seed(num_rows)
+    linear = nn.Linear(96, 200, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(1, num_rows, 96, dtype=torch.bfloat16)
+    exact = x.double() @ linear.weight.double().T
+    if linear.bias is not None:
+        exact += linear.bias.double()
+    with torch.inference_mode():
+        result = PackedLinear(linear)(x)
+    assert result.shape == (1, num_rows, 200)
+    assert torch.allclose(result.double(), exact, rtol=2**-7, atol=1e-3)
+
+
+def test_packing_replaces_bf16_layers_alone() -> None:
+    """fp32 layers stay as they are: the equality tests compare them bit for bit."""
+    inner = nn.Sequential(nn.Linear(8, 4, dtype=torch.bfloat16), nn.Linear(4, 4))
+    network = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), inner)
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert pack_linear_layers(network) == (2 if supported else 0)
+    assert isinstance(inner[1], nn.Linear)
+    assert isinstance(network[0], PackedLinear) == supported
