@@ -21,7 +21,7 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "mypy": (str(_BIN / "mypy"),),
     "floors": (str(_BIN / "lint-imports"), "--no-logo"),
     "size": (sys.executable, "-m", "tools.check_size"),
-    "buf": ("node_modules/.bin/buf", "lint"),
+    "buf": (str(_BIN / "node"), "node_modules/.bin/buf", "lint"),
     "stubs": (sys.executable, "-m", "tools.generate_stubs", "--check"),
 }
 
