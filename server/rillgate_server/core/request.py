@@ -74,3 +74,11 @@ class Rejection:
     limit: int = 0
     retry_after_s: float = 0.0
     """Predicted time until a retry can pay."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRejected:
+    """The engine's answer to a request that it did not take on; nothing follows for it."""
+
+    request_id: int
+    rejection: Rejection
