@@ -1,0 +1,1 @@
+"""Measurements: each writes one file under `benchmarks/results/`."""

@@ -1,0 +1,45 @@
+"""What the machine can do at most: read bandwidth, and operations of a bf16 matrix product.
+
+Measured in the same run as what is compared with it, because a shared machine's speed drifts.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_READ_BYTES = 1 << 30
+"""Far larger than any cache."""
+_MATRIX = 2048
+"""Rows and columns: large enough for the full rate, small enough for a tenth of a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLimits:
+    """Best of a few tries: a limit is what can be reached at all."""
+
+    read_bytes_per_s: float
+    bf16_ops_per_s: float
+    """Multiplications and additions, counted apart."""
+
+
+def measure_limits(num_tries: int = 5) -> MachineLimits:
+    """Measure both with torch's current number of threads."""
+    data = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
+    read_s = _best(lambda: data.sum(), num_tries)
+    a = torch.randn(_MATRIX, _MATRIX).bfloat16()
+    b = torch.randn(_MATRIX, _MATRIX).bfloat16()
+    product_s = _best(lambda: a @ b, num_tries * 4)
+    return MachineLimits(_READ_BYTES / read_s, 2 * _MATRIX**3 / product_s)
+
+
+def _best(run: Callable[[], object], num_tries: int) -> float:
+    """Return the shortest of `num_tries` runs, in seconds."""
+    run()
+    times = []
+    for _ in range(num_tries):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
