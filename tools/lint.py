@@ -9,7 +9,7 @@ checks themselves.
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _BIN = Path(sys.executable).parent
@@ -26,10 +26,10 @@ CHECKS: dict[str, tuple[str, ...]] = {
 }
 
 
-def run_check(name: str) -> bool:
+def run_check(name: str, command: Sequence[str]) -> bool:
     """Run one check, show its output if it fails, and return whether it passed."""
     began_s = time.monotonic()
-    outcome = subprocess.run(CHECKS[name], capture_output=True, text=True, check=False)
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     passed = outcome.returncode == 0
     print(f"{name:<8} {'ok' if passed else 'FAILED':<7} {time.monotonic() - began_s:5.1f} s")
     if not passed:
@@ -38,12 +38,21 @@ def run_check(name: str) -> bool:
     return passed
 
 
-def main(names: Sequence[str]) -> int:
-    """Run the named checks, or all; return the exit status."""
-    failed = [name for name in names or CHECKS if not run_check(name)]
+def run_checks(checks: Mapping[str, Sequence[str]]) -> int:
+    """Run every check, also after one failed; return the exit status."""
+    failed = [name for name, command in checks.items() if not run_check(name, command)]
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def main(names: Sequence[str]) -> int:
+    """Run the named checks, or all; return the exit status."""
+    unknown = [name for name in names if name not in CHECKS]
+    if unknown:
+        print(f"no such check: {', '.join(unknown)}; there are: {', '.join(CHECKS)}")
+        return 2
+    return run_checks({name: CHECKS[name] for name in names or CHECKS})
 
 
 if __name__ == "__main__":
