@@ -5,7 +5,7 @@ from rillgate_server.core.block_hash import block_hash, root_hash
 SALT = bytes(range(16))
 
 
-def test_the_chain_gives_the_committed_vectors():
+def test_the_chain_gives_the_committed_vectors() -> None:
     """The same bytes on every machine and in every release of this scheme."""
     root = root_hash("model-digest", "bfloat16", 4)
     first = block_hash(root, bytes(16), (1, 2, 3, 4))
@@ -17,7 +17,7 @@ def test_the_chain_gives_the_committed_vectors():
     ]
 
 
-def test_every_input_changes_the_hash():
+def test_every_input_changes_the_hash() -> None:
     """Version, adapter, cache type, block size, parent, salt and tokens each separate blocks."""
     roots = {
         root_hash("a", "float32", 16),
@@ -37,6 +37,6 @@ def test_every_input_changes_the_hash():
     assert len(hashes) == 4
 
 
-def test_length_prefixes_keep_neighbouring_texts_apart():
+def test_length_prefixes_keep_neighbouring_texts_apart() -> None:
     """("ab", "c") and ("a", "bc") are different roots."""
     assert root_hash("ab", "c", 16) != root_hash("a", "bc", 16)
