@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 from rillgate_server.errors import ConfigError
 
+MAX_MODEL_NAME_BYTES = 256
+"""Of a model's name, in settings and requests."""
+MAX_SOCKET_PATH_BYTES = 100
+"""Of a Unix socket's path."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatcherConfig:
@@ -57,6 +62,85 @@ class CacheConfig:
             _check("cache.memory_bytes", self.memory_bytes, 1 << 16, 1 << 50)
 
 
-def _check(field: str, value: int, lowest: int, highest: int) -> None:
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which checkpoint is served, and how its weights are held."""
+
+    path: str = ""
+    """A checkpoint's directory, or a hub id (`owner/name`); empty: the bundled model."""
+    name: str = ""
+    """What callers ask for, at most 256 bytes; empty: the directory's name."""
+    dtype: str = "auto"
+    """Of weights and computation: auto (the checkpoint's own), bfloat16 or float32."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of its range."""
+        _check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        if len(self.name.encode()) > MAX_MODEL_NAME_BYTES or "@" in self.name:
+            raise ConfigError(
+                f"model.name is {self.name[:100]!r}; allowed: at most {MAX_MODEL_NAME_BYTES} "
+                f"bytes, without '@'"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The public door."""
+
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT; port 0 takes a free one, host 0.0.0.0 or [::] takes calls from everywhere."""
+    max_message_bytes: int = 4 << 20
+    """Largest message either way, 1 KiB to 1 GiB. Higher: longer prompts, more memory per call."""
+    keepalive_s: float = 10.0
+    """Silence after which a caller is pinged, 0.1 to 7200 s. Higher: a caller that vanished
+    without a word holds its blocks for longer."""
+    keepalive_timeout_s: float = 5.0
+    """Wait for the ping's answer, 0.1 to 600 s. Higher: the same."""
+    drain_grace_s: float = 30.0
+    """Time that running streams have to finish after SIGTERM, 0 to 86400 s."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of its range."""
+        host, colon, port = self.listen.rpartition(":")
+        if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
+            raise ConfigError(
+                f"gateway.listen is {self.listen!r}; allowed: HOST:PORT with a port of 0 to 65535"
+            )
+        _check("gateway.max_message_bytes", self.max_message_bytes, 1 << 10, 1 << 30)
+        _check("gateway.keepalive_s", self.keepalive_s, 0.1, 7200)
+        _check("gateway.keepalive_timeout_s", self.keepalive_timeout_s, 0.1, 600)
+        _check("gateway.drain_grace_s", self.drain_grace_s, 0, 86400)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaConfig:
+    """A replica's process."""
+
+    socket: str = ""
+    """Path of the Unix socket between gateway and replica, at most 100 bytes; empty: a fresh one
+    in a directory that only this user may enter (`rillgate serve`)."""
+    num_threads: int = 0
+    """Threads of the computation, 0 to 1024; 0: one per core that this process may use."""
+    drain_grace_s: float = 30.0
+    """Time that running requests have to finish after SIGTERM, 0 to 86400 s."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of its range."""
+        if len(self.socket.encode()) > MAX_SOCKET_PATH_BYTES:
+            raise ConfigError(
+                f"replica.socket has {len(self.socket.encode())} bytes; allowed: at most "
+                f"{MAX_SOCKET_PATH_BYTES} (the system's limit is 107)"
+            )
+        _check("replica.num_threads", self.num_threads, 0, 1024)
+        _check("replica.drain_grace_s", self.drain_grace_s, 0, 86400)
+
+
+def _check(field: str, value: float, lowest: float, highest: float) -> None:
+    # Also refuses NaN, which no comparison holds for.
     if not lowest <= value <= highest:
         raise ConfigError(f"{field} is {value}; allowed: {lowest} to {highest}")
+
+
+def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")

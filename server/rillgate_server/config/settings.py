@@ -1,0 +1,153 @@
+"""Where settings come from: a TOML file, the environment and flags, the later ones winning.
+
+    defaults < FILE ([group] field = value) < RILLGATE_GROUP__FIELD < flags
+
+Owns the reading and its errors. The groups, their fields and limits are config.groups'; what a
+setting does is the business of whoever takes the group as an argument.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from rillgate_server.config.groups import (
+    BatcherConfig,
+    CacheConfig,
+    GatewayConfig,
+    ModelConfig,
+    ReplicaConfig,
+)
+from rillgate_server.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "RILLGATE_"
+_DELIMITER = "__"
+
+
+class Settings(BaseSettings):
+    """All settings of a server; frozen."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter=_DELIMITER,
+    )
+
+    model: ModelConfig = ModelConfig()
+    """Which checkpoint."""
+    batcher: BatcherConfig = BatcherConfig()
+    """What a step may hold, what may wait."""
+    cache: CacheConfig = CacheConfig()
+    """The key/value cache."""
+    gateway: GatewayConfig = GatewayConfig()
+    """The public door."""
+    replica: ReplicaConfig = ReplicaConfig()
+    """The replica's process."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take flags, environment and file; never a .env that happens to lie about."""
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+
+    def to_environment(self) -> dict[str, str]:
+        """Return every setting as environment variables, for a child process to read back."""
+        return {
+            f"{ENVIRONMENT_PREFIX}{group}{_DELIMITER}{field}".upper(): str(value)
+            for group in type(self).model_fields
+            for field, value in asdict(getattr(self, group)).items()
+            if value is not None
+        }
+
+
+def load_settings(
+    config_file: Path | None = None, overrides: Mapping[str, Mapping[str, str]] | None = None
+) -> Settings:
+    """Read all sources; `overrides` are the flags: group -> field -> text.
+
+    Raises ConfigError that names field, value and what is allowed.
+    """
+    _refuse_unknown_groups(os.environ)
+    if config_file is not None:
+        _check_toml(config_file)
+
+    class FileSettings(Settings):
+        """The settings with this call's file among their sources."""
+
+        model_config = SettingsConfigDict(toml_file=config_file)
+
+    # Any: pydantic takes the flags' texts and turns them into the fields' types.
+    flags: dict[str, Any] = {group: dict(given) for group, given in (overrides or {}).items()}
+    try:
+        return FileSettings(**flags)
+    except ValidationError as error:
+        raise ConfigError("; ".join(map(_message, error.errors()))) from error
+
+
+def bundled_model_dir() -> Path:
+    """Return where the bundled model lies: inside an installed wheel, or in a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    candidates = (package / "bundled_models" / "demo", package.parents[1] / "models" / "demo")
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ConfigError(
+        f"the bundled model is not there (looked in {' and '.join(map(str, candidates))}); "
+        f"name one with --model"
+    )
+
+
+def _message(error: ErrorDetails) -> str:
+    """Say field, value and what is allowed in one line."""
+    field = ".".join(map(str, error["loc"]))
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{field} is no setting; allowed: {_names_beside(error['loc'])}"
+    return f"{field} is {str(error['input'])[:200]!r}; allowed: {error['msg']}"
+
+
+def _names_beside(location: tuple[int | str, ...]) -> str:
+    """List the names that stand where an unknown one was given."""
+    groups = {name: info.default for name, info in Settings.model_fields.items()}
+    group = groups.get(str(location[0])) if len(location) > 1 else None
+    return ", ".join(asdict(group) if group is not None else groups)
+
+
+def _refuse_unknown_groups(environment: Mapping[str, str]) -> None:
+    """Refuse RILLGATE_<unknown group>__FIELD, which pydantic-settings passes over in silence."""
+    for name in environment:
+        group, delimiter, _ = name.removeprefix(ENVIRONMENT_PREFIX).partition(_DELIMITER)
+        is_setting = name.startswith(ENVIRONMENT_PREFIX) and delimiter
+        if is_setting and group.lower() not in Settings.model_fields:
+            raise ConfigError(
+                f"{name} is no setting; allowed: {ENVIRONMENT_PREFIX}GROUP{_DELIMITER}FIELD "
+                f"with a group of {', '.join(Settings.model_fields)}"
+            )
+
+
+def _check_toml(path: Path) -> None:
+    """Raise ConfigError for a file that is not there (pydantic-settings ignores it) or no TOML."""
+    try:
+        with path.open("rb") as file:
+            tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error

@@ -1,0 +1,114 @@
+"""Settings: three sources in order, and errors that name field, value and limit."""
+
+from pathlib import Path
+
+import pytest
+
+from rillgate_server.config.groups import GatewayConfig
+from rillgate_server.config.settings import Settings, bundled_model_dir, load_settings
+from rillgate_server.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide whatever RILLGATE_ variables the machine has."""
+    for name in ("RILLGATE_GATEWAY__LISTEN", "RILLGATE_MODEL__PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_flags_win_over_environment_over_file_over_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each source overrides single fields of the ones below it and leaves the rest."""
+    file = tmp_path / "rillgate.toml"
+    file.write_text("[batcher]\nmax_running = 3\nmax_step_tokens = 100\nmax_waiting_requests = 5\n")
+    monkeypatch.setenv("RILLGATE_BATCHER__MAX_STEP_TOKENS", "200")
+    monkeypatch.setenv("RILLGATE_BATCHER__MAX_WAITING_REQUESTS", "6")
+    settings = load_settings(file, {"batcher": {"max_waiting_requests": "7"}})
+    assert settings.batcher.max_running == 3
+    assert settings.batcher.max_step_tokens == 200
+    assert settings.batcher.max_waiting_requests == 7
+    assert settings.batcher.max_prefill_chunk_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "says"),
+    [
+        ("batcher", "max_running", "0", "batcher.max_running is 0; allowed: 1 to 4096"),
+        ("batcher", "max_running", "many", "batcher.max_running is 'many'; allowed: "),
+        ("cache", "block_size_tokens", "1000", "cache.block_size_tokens is 1000; allowed: 1 to"),
+        ("gateway", "listen", "nowhere", "gateway.listen is 'nowhere'; allowed: HOST:PORT"),
+        ("gateway", "listen", "host:99999", "gateway.listen is 'host:99999'; allowed: HOST:PORT"),
+        ("gateway", "keepalive_s", "nan", "gateway.keepalive_s is nan; allowed: 0.1 to 7200"),
+        ("model", "dtype", "int3", "model.dtype is 'int3'; allowed: auto, bfloat16, float32"),
+        ("gateway", "listn", "a:1", "gateway.listn is no setting; allowed: listen, max_message"),
+        ("gatway", "listen", "a:1", "gatway is no setting; allowed: model, batcher, cache, gat"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(group: str, field: str, value: str, says: str) -> None:
+    """The error names the field, the value and what is allowed."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings(overrides={group: {field: value}})
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["RILLGATE_GATWAY__LISTEN", "RILLGATE_GATEWAY__LISTN"])
+def test_an_unknown_variable_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable is an error, not silence."""
+    monkeypatch.setenv(name, "127.0.0.1:1")
+    with pytest.raises(ConfigError, match="no setting; allowed: "):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[gateway]\nlisten = ", "is not TOML"),
+        ("[gateway]\nlistn = 'a:1'", "gateway.listn is no setting"),
+        ("[batcher]\nmax_running = 1.5", "batcher.max_running is '1.5'; allowed: "),
+        ("listen = 'a:1'", "listen is no setting; allowed: model, batcher"),
+    ],
+)
+def test_a_bad_file_is_refused(content: str, says: str, tmp_path: Path) -> None:
+    """Syntax, unknown names and wrong types in the file each give a precise error."""
+    file = tmp_path / "rillgate.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        load_settings(file)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    """A file that was named must be there."""
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings(tmp_path / "nothing.toml")
+
+
+def test_settings_pass_through_the_environment_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child process that reads `to_environment` has the same settings."""
+    settings = load_settings(
+        overrides={
+            "model": {"path": "/somewhere/a model", "dtype": "float32"},
+            "cache": {"prefix_caching": "false", "memory_bytes": "1048576"},
+            "gateway": {"keepalive_s": "0.25"},
+        }
+    )
+    for name, value in settings.to_environment().items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().model_dump() == settings.model_dump()
+
+
+def test_there_are_at_most_sixty_fields() -> None:
+    """Options are kept few: adding one needs the reason a default cannot do."""
+    assert 0 < len(Settings().to_environment()) <= 60
+
+
+def test_settings_are_frozen() -> None:
+    """Nothing changes settings after they are read."""
+    settings = load_settings()
+    with pytest.raises(Exception, match="frozen"):
+        settings.gateway = GatewayConfig()
+
+
+def test_the_bundled_model_is_found_in_a_checkout() -> None:
+    """Without --model, the model that ships with Rillgate is served."""
+    assert (bundled_model_dir() / "tokenizer.json").is_file()
