@@ -1,0 +1,137 @@
+"""Gathers what steps gave until somebody takes it: per choice one entry, whatever the steps.
+
+Used twice: by a replica for each gateway's stream while a write is under way, and by a gateway for
+each request until its reader comes. So a slow reader costs a longer entry, never more entries.
+
+    add(step 7: A0 "x")  add(step 8: A0 "y", B0 "z")  take() -> A0 "xy", B0 "z"
+
+Does not know streams, tasks or protobuf; one thread or task owns it.
+"""
+
+from rillgate_server.core.step import (
+    ChoiceFinished,
+    ChoiceTokens,
+    PromptLogprobs,
+    RequestFailed,
+    RequestStarted,
+    StepOutput,
+    TokenLogprobs,
+)
+
+MAX_TAKEN_PROMPT_POSITIONS = 65_536
+"""Prompt positions with log-probabilities in one output, unless one prompt alone has more: with 20
+alternatives each (about 160 bytes) some 10 MB, well inside a message of 64 MiB."""
+
+
+class _PendingTokens:
+    """Tokens of one choice that nobody has taken yet."""
+
+    __slots__ = ("logprobs", "token_ids", "token_offset")
+
+    def __init__(self, token_offset: int) -> None:
+        self.token_offset = token_offset
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+
+
+class PendingOutput:
+    """Outputs that wait to be taken.
+
+    State: the lists below and `num_tokens`, the number of generated tokens among them.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.num_tokens = 0
+        self._step_id = 0
+        self._started: list[RequestStarted] = []
+        # (request id, choice index) -> its tokens, in order of their first
+        self._tokens: dict[tuple[int, int], _PendingTokens] = {}
+        self._prompt_logprobs: list[PromptLogprobs] = []
+        self._finished: list[ChoiceFinished] = []
+        self._failed: list[RequestFailed] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"PendingOutput(step_id={self._step_id}, started={len(self._started)}, "
+            f"choices={len(self._tokens)}, tokens={self.num_tokens}, "
+            f"finished={len(self._finished)}, failed={len(self._failed)})"
+        )
+
+    def __bool__(self) -> bool:
+        return bool(
+            self._tokens or self._finished or self._started or self._failed or self._prompt_logprobs
+        )
+
+    def add_started(self, step_id: int, started: RequestStarted) -> None:
+        """Keep that a request left the queue."""
+        self._step_id = step_id
+        self._started.append(started)
+
+    def add_tokens(self, step_id: int, tokens: ChoiceTokens) -> None:
+        """Append new tokens of a choice to those that wait."""
+        self._step_id = step_id
+        key = (tokens.request_id, tokens.choice_index)
+        pending = self._tokens.get(key)
+        if pending is None:
+            pending = self._tokens[key] = _PendingTokens(tokens.token_offset)
+        assert pending.token_offset + len(pending.token_ids) == tokens.token_offset, "a gap"
+        pending.token_ids.extend(tokens.token_ids)
+        pending.logprobs.extend(tokens.logprobs)
+        self.num_tokens += len(tokens.token_ids)
+
+    def add_prompt_logprobs(self, step_id: int, logprobs: PromptLogprobs) -> None:
+        """Keep a prompt's log-probabilities."""
+        self._step_id = step_id
+        self._prompt_logprobs.append(logprobs)
+
+    def add_finished(self, step_id: int, finished: ChoiceFinished) -> None:
+        """Keep that a choice ended."""
+        self._step_id = step_id
+        self._finished.append(finished)
+
+    def add_failed(self, step_id: int, failed: RequestFailed) -> None:
+        """Keep that a request failed."""
+        self._step_id = step_id
+        self._failed.append(failed)
+
+    def take(self) -> StepOutput:
+        """Return what waits, merged, under the latest step's number.
+
+        Prompts' log-probabilities too many for one message leave first, alone, in parts.
+        """
+        started, self._started = tuple(self._started), []
+        prompt_logprobs = self._take_prompt_logprobs()
+        if self._prompt_logprobs:
+            return StepOutput(self._step_id, started=started, prompt_logprobs=prompt_logprobs)
+        output = StepOutput(
+            step_id=self._step_id,
+            started=started,
+            tokens=tuple(
+                ChoiceTokens(
+                    request_id,
+                    choice_index,
+                    pending.token_offset,
+                    tuple(pending.token_ids),
+                    tuple(pending.logprobs),
+                )
+                for (request_id, choice_index), pending in self._tokens.items()
+            ),
+            prompt_logprobs=prompt_logprobs,
+            finished=tuple(self._finished),
+            failed=tuple(self._failed),
+        )
+        self._tokens, self._finished, self._failed, self.num_tokens = {}, [], [], 0
+        return output
+
+    def _take_prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
+        """Take prompts in order while they fit into one message, and at least one."""
+        num_positions = num_taken = 0
+        for prompt in self._prompt_logprobs:
+            num_positions += len(prompt.positions)
+            if num_taken and num_positions > MAX_TAKEN_PROMPT_POSITIONS:
+                break
+            num_taken += 1
+        taken = tuple(self._prompt_logprobs[:num_taken])
+        del self._prompt_logprobs[:num_taken]
+        return taken

@@ -1,0 +1,34 @@
+"""A request as a gateway hands it to a replica: what the Submit message says, in plain types.
+
+Not yet checked against the model, and not yet a Request: the replica joins the model's own ends of
+sequence to the stop ids and gives it a number of its own. Does not know protobuf.
+"""
+
+from dataclasses import dataclass
+
+from rillgate_server.core.request import NO_SALT, ChoiceStart
+from rillgate_server.core.sampling_params import SamplingParams
+
+MAX_REQUEST_ID_BYTES = 128
+"""Of the name that logs carry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One request in token ids, every sampling value resolved."""
+
+    request_id: str
+    """The gateway's name for it, for logs; at most MAX_REQUEST_ID_BYTES."""
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    """`banned_until_min_tokens` is left empty: the replica knows which ids end a choice."""
+    max_tokens: int
+    """Most tokens per choice from the original start."""
+    choices: tuple[ChoiceStart, ...] = (ChoiceStart(0),)
+    """The unfinished ones."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Beside the model's own."""
+    ignore_eos: bool = False
+    """Goes on after the model's own ends of sequence."""
+    cache_salt: bytes = NO_SALT
+    """16 bytes."""

@@ -1,0 +1,288 @@
+"""The Engine service: gateways' commands to the engine loop, its steps' outputs back to them.
+
+Runs on the I/O thread (an asyncio loop). The engine's thread comes in by `on_event` alone, once per
+step, and never waits for a reader. Owns the map from the engine's request ids to the streams that
+asked; does no work per token.
+
+Does not know how a step is made, nor what a request means in text.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
+
+import grpc
+
+from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
+from rillgate_server.core.clock import Clock
+from rillgate_server.core.load import EngineLoad
+from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
+from rillgate_server.core.step import StepOutput
+from rillgate_server.core.welcome import Welcome
+from rillgate_server.replica.intake import to_request
+from rillgate_server.replica.run_stream import MAX_BUFFERED_TOKENS, OpenRequest, RunStream
+from rillgate_server.service.convert_engine import (
+    load_event,
+    rejected_event,
+    step_output_event,
+    submission_from_wire,
+    welcome_event,
+)
+
+_log = logging.getLogger(__name__)
+
+LOAD_INTERVAL_S = 0.2
+"""Between two Loads (contracts, section 2)."""
+DRAINING_RETRY_S = 1.0
+"""After which a restarted replica may be there."""
+
+RunContext = grpc.aio.ServicerContext
+EngineEventHandler = Callable[[StepOutput | RequestRejected], None]
+
+
+class EngineHandle(Protocol):
+    """What this service needs of the engine loop; every method may be called from any thread."""
+
+    def submit(self, request: Request) -> None:
+        """Take a request on, or answer with RequestRejected."""
+        ...
+
+    def abort(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
+        """End a request, or some of its choices, with the step under way."""
+        ...
+
+    def drain(self) -> None:
+        """Take no more requests on."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """Return the load after the latest step."""
+        ...
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    """The servicer of Engine; made inside the loop that serves it.
+
+    State: `_open` (every open request of every stream) and `_streams`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        welcome: Welcome,
+        clock: Clock,
+        max_buffered_tokens: int = MAX_BUFFERED_TOKENS,
+        load_interval_s: float = LOAD_INTERVAL_S,
+    ) -> None:
+        """Serve the model of `spec` once `attach` has given an engine."""
+        self._spec = spec
+        self._welcome = welcome
+        self._clock = clock
+        self._max_buffered_tokens = max_buffered_tokens
+        self._load_interval_s = load_interval_s
+        self._loop = asyncio.get_running_loop()
+        self._engine: EngineHandle | None = None
+        self._request_ids = itertools.count(1)
+        self._open: dict[int, OpenRequest] = {}  # the engine's request id -> open request
+        self._streams: set[RunStream] = set()
+        self._is_draining = False
+        self._all_done = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return (
+            f"EngineService(open={len(self._open)}, streams={len(self._streams)}, "
+            f"draining={self._is_draining})"
+        )
+
+    def attach(self, engine: EngineHandle) -> None:
+        """Give the engine whose events go to `on_event`; once, before serving."""
+        assert self._engine is None
+        self._engine = engine
+
+    @property
+    def num_open_requests(self) -> int:
+        """Requests taken on and not ended."""
+        return len(self._open)
+
+    # -- from the engine's thread -------------------------------------------------------------
+
+    def on_event(self, event: StepOutput | RequestRejected) -> None:
+        """Hand an event over to the I/O thread; called on the engine's thread, never blocks."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, event)
+
+    def _deliver(self, event: StepOutput | RequestRejected) -> None:
+        if isinstance(event, RequestRejected):
+            self._deliver_rejected(event)
+        else:
+            self._deliver_step(event)
+        self._note_if_done()
+
+    def _deliver_rejected(self, event: RequestRejected) -> None:
+        request = self._open.pop(event.request_id, None)
+        if request is not None:
+            request.stream.close_choices(request)
+            request.stream.add_rejected(RequestRejected(request.request_key, event.rejection))
+
+    def _deliver_step(self, output: StepOutput) -> None:
+        """Sort a step's entries into the streams' books, and wake each stream once."""
+        step_id, find = output.step_id, self._open.get
+        touched: set[RunStream] = set()
+        for started in output.started:
+            if request := find(started.request_id):
+                touched.add(request.stream)
+                request.stream.add_started(step_id, request, started)
+        for prompt in output.prompt_logprobs:
+            if request := find(prompt.request_id):
+                touched.add(request.stream)
+                request.stream.add_prompt_logprobs(step_id, request, prompt)
+        for tokens in output.tokens:
+            if request := find(tokens.request_id):
+                touched.add(request.stream)
+                request.stream.add_tokens(step_id, request, tokens)
+        for finished in output.finished:
+            if request := find(finished.request_id):
+                touched.add(request.stream)
+                request.stream.add_finished(step_id, request, finished)
+                self._forget_if_closed(request)
+        for failed in output.failed:
+            if request := find(failed.request_id):
+                touched.add(request.stream)
+                request.stream.add_failed(step_id, request, failed)
+                self._forget_if_closed(request)
+        for stream in touched:
+            stream.wake()
+
+    def _forget_if_closed(self, request: OpenRequest) -> None:
+        if not request.open_choices:
+            self._open.pop(request.request_id, None)
+
+    # -- Run ----------------------------------------------------------------------------------
+
+    async def Run(
+        self, commands: AsyncIterator[engine_pb2.EngineCommand], context: RunContext
+    ) -> None:
+        """Serve one gateway's stream until either side ends it."""
+        stream = RunStream(self._max_buffered_tokens)
+        self._streams.add(stream)
+        tasks = [
+            asyncio.create_task(self._read_commands(stream, commands)),
+            asyncio.create_task(self._write_events(stream, context)),
+            asyncio.create_task(stream.overflowed.wait()),
+        ]
+        _, writer, overflow = tasks
+        try:
+            await asyncio.wait((writer, overflow), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            self._end(stream)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        if overflow.done() and not overflow.cancelled():
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"more than {self._max_buffered_tokens} tokens waited for this stream's reader",
+            )
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _read_commands(
+        self, stream: RunStream, commands: AsyncIterator[engine_pb2.EngineCommand]
+    ) -> None:
+        async for command in commands:
+            if command.HasField("submit"):
+                self._submit(stream, command.submit)
+            elif command.HasField("abort"):
+                self._abort(stream, command.abort.request_key, command.abort.choice_indices)
+        stream.half_close()
+
+    async def _write_events(self, stream: RunStream, context: RunContext) -> None:
+        while (event := await stream.take()) is not None:
+            if isinstance(event, RequestRejected):
+                await context.write(rejected_event(event))
+            else:
+                await context.write(step_output_event(event))
+            stream.note_written()
+            self._note_if_done()
+
+    def _submit(self, stream: RunStream, submit: engine_pb2.Submit) -> None:
+        """Take a request on, or answer why not; nothing a gateway sends raises here."""
+        key = submit.request_key
+        request: Request | Rejection
+        if not stream.used_keys.add(key):
+            request = Rejection(
+                RejectReason.INVALID, f"request_key is {key}; allowed: a key not used before"
+            )
+        elif self._is_draining:
+            request = Rejection(
+                RejectReason.DRAINING,
+                "this replica is going down",
+                retry_after_s=DRAINING_RETRY_S,
+            )
+        else:
+            request = to_request(
+                submission_from_wire(submit), next(self._request_ids), self._spec, self._clock.now()
+            )
+        if isinstance(request, Rejection):
+            stream.add_rejected(RequestRejected(key, request))
+            return
+        opened = stream.open(key, request.request_id, [it.index for it in request.choices])
+        self._open[request.request_id] = opened
+        _log.debug("request %s is %d here", submit.request_id, request.request_id)
+        self._running_engine.submit(request)
+
+    def _abort(self, stream: RunStream, key: int, choice_indices: Sequence[int] = ()) -> None:
+        """End a request or some of its choices; unknown keys are ignored."""
+        request = stream.requests.get(key)
+        if request is None:
+            return
+        choices = tuple(it for it in choice_indices if it in request.open_choices)
+        if choice_indices and not choices:
+            return
+        stream.close_choices(request, choices)
+        self._forget_if_closed(request)
+        self._running_engine.abort(request.request_id, choices if request.open_choices else ())
+        self._note_if_done()
+        stream.wake()
+
+    def _end(self, stream: RunStream) -> None:
+        """Abort what a broken or finished stream leaves behind."""
+        for key in list(stream.requests):
+            self._abort(stream, key)
+        self._streams.discard(stream)
+        self._note_if_done()
+
+    @property
+    def _running_engine(self) -> EngineHandle:
+        assert self._engine is not None, "attach() comes first"
+        return self._engine
+
+    # -- Watch and the end --------------------------------------------------------------------
+
+    async def Watch(
+        self, request: engine_pb2.WatchRequest, context: RunContext
+    ) -> AsyncIterator[engine_pb2.ReplicaEvent]:
+        """Say what this replica is, then its load, idle or not."""
+        yield welcome_event(self._welcome)
+        while True:
+            yield load_event(self._running_engine.load())
+            await asyncio.sleep(self._load_interval_s)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; those that run go on."""
+        self._is_draining = True
+        self._running_engine.drain()
+        self._note_if_done()
+
+    async def wait_done(self) -> None:
+        """Wait until a draining service has no open request and nothing left to write."""
+        assert self._is_draining
+        await self._all_done.wait()
+
+    def _note_if_done(self) -> None:
+        if self._is_draining and not self._open and all(it.is_flushed for it in self._streams):
+            self._all_done.set()

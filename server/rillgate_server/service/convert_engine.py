@@ -1,0 +1,393 @@
+"""Core's plain types to and from the messages of engine.proto, both ways, for both sides.
+
+Owns that mapping alone: it checks nothing (the replica's admission does) and knows no stream. On the
+wire a request is named by its `request_key`; the same number stands in `request_id` of core's
+events, and who holds the stream translates.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from rillgate_proto.v1 import engine_pb2
+from rillgate_server.core.load import EngineLoad, TierLoad
+from rillgate_server.core.request import (
+    NO_SALT,
+    ChoiceStart,
+    FinishReason,
+    Rejection,
+    RejectReason,
+    RequestRejected,
+)
+from rillgate_server.core.sampling_params import SamplingParams
+from rillgate_server.core.step import (
+    ChoiceFinished,
+    ChoiceTokens,
+    PromptLogprobs,
+    RequestFailed,
+    RequestStarted,
+    StepOutput,
+    TokenLogprobs,
+)
+from rillgate_server.core.submission import Submission
+from rillgate_server.core.welcome import Welcome
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""Of an engine message, either way (contracts, section 2)."""
+
+_FINISH_TO_WIRE = {
+    FinishReason.STOP: engine_pb2.ENGINE_FINISH_REASON_STOP,
+    FinishReason.LENGTH: engine_pb2.ENGINE_FINISH_REASON_LENGTH,
+}
+_FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
+
+_REJECT_TO_WIRE = {
+    RejectReason.INVALID: engine_pb2.REJECT_REASON_INVALID,
+    RejectReason.TOO_LONG: engine_pb2.REJECT_REASON_TOO_LONG,
+    RejectReason.OVERLOADED: engine_pb2.REJECT_REASON_OVERLOADED,
+    RejectReason.DRAINING: engine_pb2.REJECT_REASON_DRAINING,
+}
+_REJECT_FROM_WIRE = {wire: reason for reason, wire in _REJECT_TO_WIRE.items()}
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+
+def submit_command(request_key: int, submission: Submission) -> engine_pb2.EngineCommand:
+    """Build the command that hands a request to a replica."""
+    sampling = submission.sampling
+    return engine_pb2.EngineCommand(
+        submit=engine_pb2.Submit(
+            request_key=request_key,
+            request_id=submission.request_id,
+            cache_salt=b"" if submission.cache_salt == NO_SALT else submission.cache_salt,
+            prompt_token_ids=submission.prompt_token_ids,
+            choices=[
+                engine_pb2.SubmitChoice(
+                    index=choice.index, generated_token_ids=choice.generated_token_ids
+                )
+                for choice in submission.choices
+            ],
+            sampling=_sampling_to_wire(sampling),
+            max_tokens=submission.max_tokens,
+            min_tokens=sampling.min_tokens,
+            stop_token_ids=submission.stop_token_ids,
+            ignore_eos=submission.ignore_eos,
+            num_logprobs=sampling.num_logprobs,
+            num_prompt_logprobs=sampling.num_prompt_logprobs,
+        )
+    )
+
+
+def abort_command(request_key: int, choice_indices: Iterable[int] = ()) -> engine_pb2.EngineCommand:
+    """Build the command that ends a request, or some of its choices."""
+    return engine_pb2.EngineCommand(
+        abort=engine_pb2.Abort(request_key=request_key, choice_indices=choice_indices)
+    )
+
+
+def submission_from_wire(submit: engine_pb2.Submit) -> Submission:
+    """Read a Submit, right or wrong: nothing is checked here."""
+    return Submission(
+        request_id=submit.request_id,
+        prompt_token_ids=tuple(submit.prompt_token_ids),
+        sampling=_sampling_from_wire(submit),
+        max_tokens=submit.max_tokens,
+        choices=tuple(
+            ChoiceStart(choice.index, tuple(choice.generated_token_ids))
+            for choice in submit.choices
+        ),
+        stop_token_ids=tuple(submit.stop_token_ids),
+        ignore_eos=submit.ignore_eos,
+        cache_salt=submit.cache_salt or NO_SALT,
+    )
+
+
+def _sampling_to_wire(sampling: SamplingParams) -> engine_pb2.EngineSampling:
+    return engine_pb2.EngineSampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        seed=sampling.seed,
+    )
+
+
+def _sampling_from_wire(submit: engine_pb2.Submit) -> SamplingParams:
+    sampling = submit.sampling
+    return SamplingParams(
+        seed=sampling.seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        min_tokens=submit.min_tokens,
+        num_logprobs=submit.num_logprobs if submit.HasField("num_logprobs") else None,
+        num_prompt_logprobs=(
+            submit.num_prompt_logprobs if submit.HasField("num_prompt_logprobs") else None
+        ),
+    )
+
+
+# -- events ---------------------------------------------------------------------------------------
+
+
+def step_output_event(output: StepOutput) -> engine_pb2.EngineEvent:
+    """Pack one step's output into parallel arrays; request ids in it are request keys."""
+    tokens = output.tokens
+    return engine_pb2.EngineEvent(
+        step_output=engine_pb2.StepOutput(
+            step_id=output.step_id,
+            request_key=[entry.request_id for entry in tokens],
+            choice_index=[entry.choice_index for entry in tokens],
+            token_offset=[entry.token_offset for entry in tokens],
+            num_tokens=[len(entry.token_ids) for entry in tokens],
+            token_ids=[token_id for entry in tokens for token_id in entry.token_ids],
+            logprobs=_logprobs_to_wire(output),
+            started=[
+                engine_pb2.RequestStarted(
+                    request_key=started.request_id,
+                    queue_ms=started.queue_s * 1e3,
+                    cached_device_tokens=started.num_cached_tokens,
+                )
+                for started in output.started
+            ],
+            finished=[
+                engine_pb2.ChoiceFinished(
+                    request_key=finished.request_id,
+                    choice_index=finished.choice_index,
+                    reason=_FINISH_TO_WIRE[finished.reason],
+                    num_tokens=finished.num_tokens,
+                    num_preemptions=finished.num_preemptions,
+                )
+                for finished in output.finished
+            ],
+            failed=[
+                engine_pb2.RequestFailed(request_key=failed.request_id, message=failed.message)
+                for failed in output.failed
+            ],
+        )
+    )
+
+
+def rejected_event(rejected: RequestRejected) -> engine_pb2.EngineEvent:
+    """Build the answer to a request that was not taken on."""
+    rejection = rejected.rejection
+    return engine_pb2.EngineEvent(
+        rejected=engine_pb2.Rejected(
+            request_key=rejected.request_id,
+            reason=_REJECT_TO_WIRE[rejection.reason],
+            asked=rejection.asked,
+            free=rejection.free,
+            limit=rejection.limit,
+            retry_after_ms=round(rejection.retry_after_s * 1e3),
+            message=rejection.message,
+        )
+    )
+
+
+def step_output_from_wire(message: engine_pb2.StepOutput) -> StepOutput:
+    """Unpack a step's output; request ids in it are request keys."""
+    logprobs_by_entry: dict[int, tuple[TokenLogprobs, ...]] = {}
+    prompt_logprobs: list[PromptLogprobs] = []
+    for item in message.logprobs:
+        positions = tuple(map(_position_from_wire, item.positions))
+        if item.HasField("entry"):
+            logprobs_by_entry[item.entry] = positions
+        else:
+            prompt_logprobs.append(PromptLogprobs(item.request_key, positions))
+    return StepOutput(
+        step_id=message.step_id,
+        started=tuple(
+            RequestStarted(item.request_key, item.queue_ms / 1e3, item.cached_device_tokens)
+            for item in message.started
+        ),
+        tokens=_tokens_from_wire(message, logprobs_by_entry),
+        prompt_logprobs=tuple(prompt_logprobs),
+        finished=tuple(
+            ChoiceFinished(
+                item.request_key,
+                item.choice_index,
+                _FINISH_FROM_WIRE[item.reason],
+                item.num_tokens,
+                item.num_preemptions,
+            )
+            for item in message.finished
+        ),
+        failed=tuple(RequestFailed(item.request_key, item.message) for item in message.failed),
+    )
+
+
+def rejected_from_wire(message: engine_pb2.Rejected) -> RequestRejected:
+    """Read a refusal."""
+    return RequestRejected(
+        message.request_key,
+        Rejection(
+            reason=_REJECT_FROM_WIRE[message.reason],
+            message=message.message,
+            asked=message.asked,
+            free=message.free,
+            limit=message.limit,
+            retry_after_s=message.retry_after_ms / 1e3,
+        ),
+    )
+
+
+def _logprobs_to_wire(output: StepOutput) -> list[engine_pb2.EntryLogprobs]:
+    of_tokens = [
+        engine_pb2.EntryLogprobs(entry=entry, positions=_positions_to_wire(tokens.logprobs))
+        for entry, tokens in enumerate(output.tokens)
+        if tokens.logprobs
+    ]
+    of_prompts = [
+        engine_pb2.EntryLogprobs(
+            request_key=prompt.request_id, positions=_positions_to_wire(prompt.positions)
+        )
+        for prompt in output.prompt_logprobs
+    ]
+    return of_tokens + of_prompts
+
+
+def _positions_to_wire(
+    positions: Sequence[TokenLogprobs],
+) -> list[engine_pb2.EngineTokenLogprobs]:
+    return [
+        engine_pb2.EngineTokenLogprobs(
+            token_id=position.token_id,
+            logprob=position.logprob,
+            top_token_ids=[token_id for token_id, _ in position.top],
+            top_logprobs=[logprob for _, logprob in position.top],
+        )
+        for position in positions
+    ]
+
+
+def _position_from_wire(position: engine_pb2.EngineTokenLogprobs) -> TokenLogprobs:
+    top = tuple(zip(position.top_token_ids, position.top_logprobs, strict=True))
+    return TokenLogprobs(position.token_id, position.logprob, top)
+
+
+def _tokens_from_wire(
+    message: engine_pb2.StepOutput, logprobs_by_entry: dict[int, tuple[TokenLogprobs, ...]]
+) -> tuple[ChoiceTokens, ...]:
+    token_ids = tuple(message.token_ids)
+    entries: list[ChoiceTokens] = []
+    end = 0
+    for entry, (key, choice_index, token_offset, num_tokens) in enumerate(
+        zip(
+            message.request_key,
+            message.choice_index,
+            message.token_offset,
+            message.num_tokens,
+            strict=True,
+        )
+    ):
+        start, end = end, end + num_tokens
+        logprobs = logprobs_by_entry.get(entry, ())
+        entries.append(
+            ChoiceTokens(key, choice_index, token_offset, token_ids[start:end], logprobs)
+        )
+    return tuple(entries)
+
+
+# -- what a replica is and does -------------------------------------------------------------------
+
+
+def welcome_event(welcome: Welcome) -> engine_pb2.ReplicaEvent:
+    """Build a replica's first event."""
+    return engine_pb2.ReplicaEvent(
+        welcome=engine_pb2.Welcome(
+            protocol_version=welcome.protocol_version,
+            replica_id=welcome.replica_id,
+            incarnation=welcome.incarnation,
+            model=welcome.model,
+            model_version_digest=welcome.model_version_digest,
+            tokenizer_digest=welcome.tokenizer_digest,
+            vocab_size=welcome.vocab_size,
+            max_context_tokens=welcome.max_context_tokens,
+            block_size_tokens=welcome.block_size_tokens,
+            hash_scheme=welcome.hash_scheme,
+            kv_dtype=welcome.kv_dtype,
+            tensor_parallel_size=welcome.tensor_parallel_size,
+            max_running=welcome.max_running,
+        )
+    )
+
+
+def welcome_from_wire(message: engine_pb2.Welcome) -> Welcome:
+    """Read a replica's first event."""
+    return Welcome(
+        replica_id=message.replica_id,
+        incarnation=message.incarnation,
+        model=message.model,
+        model_version_digest=message.model_version_digest,
+        tokenizer_digest=message.tokenizer_digest,
+        vocab_size=message.vocab_size,
+        max_context_tokens=message.max_context_tokens,
+        block_size_tokens=message.block_size_tokens,
+        hash_scheme=message.hash_scheme,
+        kv_dtype=message.kv_dtype,
+        max_running=message.max_running,
+        tensor_parallel_size=message.tensor_parallel_size,
+        protocol_version=message.protocol_version,
+    )
+
+
+def load_event(load: EngineLoad) -> engine_pb2.ReplicaEvent:
+    """Build the event that repeats a replica's load."""
+    return engine_pb2.ReplicaEvent(
+        load=engine_pb2.Load(
+            step_id=load.step_id,
+            step_age_ms=load.step_age_s * 1e3,
+            state=(
+                engine_pb2.ENGINE_STATE_DRAINING
+                if load.is_draining
+                else engine_pb2.ENGINE_STATE_READY
+            ),
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_running_tokens=load.num_running_tokens,
+            num_waiting_tokens=load.num_waiting_tokens,
+            device=engine_pb2.TierLoad(
+                num_blocks=load.device.num_blocks,
+                num_blocks_free=load.device.num_blocks_free,
+                num_blocks_used=load.device.num_blocks_used,
+                num_blocks_cached=load.device.num_blocks_cached,
+            ),
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            decode_step_ms=load.decode_step_s * 1e3,
+            num_preemptions=load.num_preemptions,
+            num_cached_tokens=load.num_cached_tokens,
+            num_prompt_tokens=load.num_prompt_tokens,
+        )
+    )
+
+
+def load_from_wire(message: engine_pb2.Load) -> EngineLoad:
+    """Read a replica's load."""
+    return EngineLoad(
+        step_id=message.step_id,
+        step_age_s=message.step_age_ms / 1e3,
+        is_draining=message.state == engine_pb2.ENGINE_STATE_DRAINING,
+        num_running=message.num_running,
+        num_waiting=message.num_waiting,
+        num_running_tokens=message.num_running_tokens,
+        num_waiting_tokens=message.num_waiting_tokens,
+        device=TierLoad(
+            num_blocks=message.device.num_blocks,
+            num_blocks_free=message.device.num_blocks_free,
+            num_blocks_used=message.device.num_blocks_used,
+            num_blocks_cached=message.device.num_blocks_cached,
+        ),
+        prefill_tokens_per_s=message.prefill_tokens_per_s,
+        decode_step_s=message.decode_step_ms / 1e3,
+        num_preemptions=message.num_preemptions,
+        num_cached_tokens=message.num_cached_tokens,
+        num_prompt_tokens=message.num_prompt_tokens,
+    )
