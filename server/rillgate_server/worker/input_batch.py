@@ -1,0 +1,161 @@
+"""What the worker keeps per slot, and how a plan's rows become one packed step.
+
+Owns slots: their tokens, block tables, and sampling state, from SlotStart to `ended_slots`. Does
+not know who a slot belongs to, nor attention, nor logits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rillgate_server.core.step import RowPlan, SlotStart, StepPlan
+from rillgate_server.errors import EngineFailure
+from rillgate_server.worker.attention.base import PackedRow, PackedStep
+from rillgate_server.worker.slot_sampling import SlotSampling
+
+_MIN_TABLE_BLOCKS = 64
+"""Width of the first block tables; they double when a slot needs more."""
+
+
+@dataclass(slots=True)
+class SlotState:
+    """One slot."""
+
+    token_ids: list[int]
+    """All tokens known: prompt, replayed, sampled."""
+    num_prompt_tokens: int
+    num_blocks: int
+    """Filled entries of its block table."""
+    sampling: SlotSampling
+
+    def append(self, token_id: int) -> None:
+        """Note a sampled token."""
+        self.token_ids.append(token_id)
+        self.sampling.append(token_id)
+
+
+class InputBatch:
+    """The slots and the packing.
+
+    State: `_slots`, and `_tables`: one row per slot number, whose entries past the slot's blocks
+    hold its first block (gathers may overshoot, see PackedRow).
+    """
+
+    def __init__(self, block_size_tokens: int, num_blocks: int, vocab_size: int) -> None:
+        """Start without slots; `num_blocks` is the pool's size, for checks."""
+        self._block_size = block_size_tokens
+        self._num_blocks = num_blocks
+        self._vocab_size = vocab_size
+        self._slots: dict[int, SlotState] = {}  # slot -> state
+        self._tables = torch.zeros(0, _MIN_TABLE_BLOCKS, dtype=torch.int64)
+
+    def __repr__(self) -> str:
+        """Show how many slots there are."""
+        return f"InputBatch(num_slots={len(self._slots)}, tables={tuple(self._tables.shape)})"
+
+    def slot(self, slot: int) -> SlotState:
+        """Return a slot's state."""
+        if slot not in self._slots:
+            raise EngineFailure(f"slot {slot} has not been started")
+        return self._slots[slot]
+
+    def apply(self, plan: StepPlan) -> list[int]:
+        """End and start slots, extend block tables; return the blocks that are filled anew.
+
+        A started slot's blocks before its row's start hold cached tokens and keep them.
+        """
+        for slot in plan.ended_slots:
+            self._slots.pop(slot, None)
+        fresh: list[int] = []
+        starts = {row.slot: row.start for row in plan.rows}
+        for start in plan.starts:
+            self._start(start)
+            num_cached = -(-starts.get(start.slot, 0) // self._block_size)
+            fresh.extend(start.block_table[num_cached:])
+        for row in plan.rows:
+            self._extend(row.slot, row.new_blocks)
+            fresh.extend(row.new_blocks)
+        return fresh
+
+    def pack(self, rows: Sequence[RowPlan]) -> PackedStep:
+        """Lay all rows' tokens behind one another."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        blocks: list[Tensor] = []
+        packed: list[PackedRow] = []
+        for row in rows:
+            state = self.slot(row.slot)
+            end = row.start + row.num_tokens
+            self._check(row, state, end)
+            table = self._tables[row.slot]
+            packed.append(PackedRow(len(token_ids), row.start, row.num_tokens, table))
+            token_ids.extend(state.token_ids[row.start : end])
+            positions.extend(range(row.start, end))
+            blocks.append(_blocks_of(table, row.start, end, self._block_size))
+        at = torch.tensor(positions)
+        return PackedStep(
+            torch.tensor(token_ids), at, (torch.cat(blocks), at % self._block_size), tuple(packed)
+        )
+
+    def _start(self, start: SlotStart) -> None:
+        if start.slot in self._slots:
+            raise EngineFailure(f"slot {start.slot} is started but has not ended")
+        self._slots[start.slot] = SlotState(
+            list(start.token_ids),
+            start.num_prompt_tokens,
+            0,
+            SlotSampling.start(start, self._vocab_size),
+        )
+        self._extend(start.slot, start.block_table)
+
+    def _extend(self, slot: int, blocks: tuple[int, ...]) -> None:
+        """Append to a slot's block table."""
+        if not blocks:
+            return
+        if not all(0 <= block < self._num_blocks for block in blocks):
+            raise EngineFailure(f"slot {slot} got blocks {blocks}; there are {self._num_blocks}")
+        state = self.slot(slot)
+        first, last = state.num_blocks, state.num_blocks + len(blocks)
+        self._reserve(slot + 1, last)
+        table = self._tables[slot]
+        if first == 0:
+            table.fill_(blocks[0])
+        table[first:last] = torch.tensor(blocks)
+        state.num_blocks = last
+
+    def _reserve(self, num_slots: int, num_blocks: int) -> None:
+        """Grow the tables; amortised, so that a decode step allocates nothing here."""
+        rows, columns = self._tables.shape
+        if num_slots <= rows and num_blocks <= columns:
+            return
+        while columns < num_blocks:
+            columns *= 2
+        grown = torch.zeros(max(rows, 2 * num_slots), columns, dtype=torch.int64)
+        if rows:
+            grown[:rows] = self._tables[:, :1]
+            grown[:rows, : self._tables.shape[1]] = self._tables
+        self._tables = grown
+
+    def _check(self, row: RowPlan, state: SlotState, end: int) -> None:
+        """Refuse a row that names what is not there: a wrong plan must not read others' memory."""
+        if row.num_tokens < 1 or end > len(state.token_ids):
+            raise EngineFailure(
+                f"slot {row.slot} was asked for positions {row.start} to {end}, "
+                f"it has {len(state.token_ids)} tokens"
+            )
+        if end > state.num_blocks * self._block_size:
+            raise EngineFailure(
+                f"slot {row.slot} was asked for positions up to {end}, its {state.num_blocks} "
+                f"blocks hold {state.num_blocks * self._block_size}"
+            )
+
+
+def _blocks_of(table: Tensor, start: int, end: int, block_size: int) -> Tensor:
+    """Return the block of each position in [start, end). [end - start], int64."""
+    if end - start == 1:
+        return table[start // block_size : start // block_size + 1]
+    first = start // block_size
+    repeated = table[first : -(-end // block_size)].repeat_interleave(block_size)
+    return repeated[start - first * block_size : end - first * block_size]

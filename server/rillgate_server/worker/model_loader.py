@@ -1,0 +1,241 @@
+"""From a checkpoint's files to a filled network.
+
+Owns which file tensor goes where and in which type, and that memory suffices. The network is built
+without memory (on torch's meta device); then each tensor is read from the memory-mapped file
+straight into its place, so the peak is the weights plus one tensor. Does not know the cache,
+plans, or how the network is called.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from rillgate_server.core.checkpoint import TensorEntry, read_config, read_tensor_entries
+from rillgate_server.errors import CheckpointError, OutOfMemory
+from rillgate_server.worker.host_memory import available_bytes
+from rillgate_server.worker.network.transformers_network import ATTENTION_NAME, rotary_modules
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies follow the longest sequence of a batch: a neighbour
+would change one's tokens, and cached keys would not fit new ones."""
+
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+"""Old exports carry it; it is computed."""
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+"""Checkpoints have one tensor per expert, transformers' modules stack them:
+gate_up_proj [experts, 2 * intermediate, hidden] (gate first), down_proj [experts, hidden,
+intermediate]."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one tensor of a file goes."""
+
+    target: str
+    """Name of the network's tensor."""
+    part: Tensor
+    """The target, or the part of it that this tensor fills; a view."""
+
+
+def load_network(
+    model_dir: Path, dtype: torch.dtype, on_progress: Progress | None = None
+) -> PreTrainedModel:
+    """Build and fill the network in `dtype`.
+
+    Raises CheckpointError (files, architecture, tensors that are missing, unexpected or of another
+    shape, by name) or OutOfMemory, before any weight is read where that is possible.
+    """
+    entries = read_tensor_entries(model_dir)
+    model = _empty_network(model_dir, dtype)
+    is_tied = bool(model.config.tie_word_embeddings)
+    shapes = _loaded_tensors(model)
+    if is_tied:
+        shapes.pop("lm_head.weight", None)
+    types = {name: _target_dtype(model, name, dtype) for name in shapes}
+    needed_bytes = sum(t.numel() * types[name].itemsize for name, t in shapes.items())
+    free_bytes = available_bytes()
+    if needed_bytes > free_bytes:
+        raise OutOfMemory(f"loading {model_dir}", needed_bytes, free_bytes)
+
+    targets = {name: torch.empty(t.shape, dtype=types[name]) for name, t in shapes.items()}
+    places = _place_all(model, entries, targets, is_tied=is_tied)
+    _fill(places, entries, on_progress)
+    for name, tensor in targets.items():
+        _set_tensor(model, name, tensor)
+    if is_tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    _rebuild_rotary(model)
+    return model.eval()
+
+
+def load_config(model_dir: Path) -> PreTrainedConfig:
+    """Read config.json as transformers understands it; refuse what we would compute wrongly."""
+    raw = read_config(model_dir)
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise CheckpointError(f"{model_dir} is quantised ({method}); supported: plain weights")
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{model_dir / 'config.json'} is refused: {error}") from error
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE:
+        raise CheckpointError(
+            f"{model_dir} uses rotary embeddings of type {rope['rope_type']!r}, whose frequencies "
+            "depend on the longest sequence in a batch; not supported"
+        )
+    return config
+
+
+def _empty_network(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the modules without memory for weights."""
+    config = load_config(model_dir)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            # One expert after another: the other implementations copy weights per step on CPUs.
+            experts_implementation="eager",
+        )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _loaded_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Map name -> meta tensor of everything that a checkpoint must hold."""
+    computed = {
+        f"{module_name}.{buffer}" if module_name else buffer
+        for module_name, module in model.named_modules()
+        for buffer in module._non_persistent_buffers_set
+    }
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found.update((n, b) for n, b in model.named_buffers() if n not in computed)
+    return found
+
+
+def _target_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Keep in float32 what the architecture wants so (DeepSeek-V3's routing bias)."""
+    keep = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return torch.float32 if any(part in name for part in keep) else dtype
+
+
+def _place_all(
+    model: PreTrainedModel,
+    entries: dict[str, TensorEntry],
+    targets: dict[str, Tensor],
+    *,
+    is_tied: bool,
+) -> dict[str, _Place]:
+    """Map file tensor -> place; raise CheckpointError unless everything fits exactly."""
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()] + [_IGNORED]
+    places: dict[str, _Place] = {}
+    unexpected, misshaped = [], []
+    filled = dict.fromkeys(targets, 0)  # target -> elements that some file tensor fills
+    for name, entry in entries.items():
+        place = _place(name, targets)
+        if place is None:
+            is_tied_head = is_tied and name == "lm_head.weight"
+            if not is_tied_head and not any(pattern.search(name) for pattern in ignored):
+                unexpected.append(name)
+        elif tuple(place.part.shape) != entry.shape:
+            misshaped.append(f"{name} {list(entry.shape)} instead of {list(place.part.shape)}")
+            filled[place.target] += place.part.numel()
+        else:
+            places[name] = place
+            filled[place.target] += place.part.numel()
+    missing = [name for name, count in filled.items() if count < targets[name].numel()]
+    problems = [
+        f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', …' if len(names) > 5 else ''}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshaped),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the tensors do not fit {type(model).__name__} with this config.json: "
+            + "; ".join(problems)
+        )
+    return places
+
+
+def _place(name: str, targets: dict[str, Tensor]) -> _Place | None:
+    """Find where one file tensor goes; None = nowhere."""
+    if name in targets:
+        return _Place(name, targets[name])
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    experts, index, kind = match[1], int(match[2]), match[3]
+    target = f"{experts}.{'down_proj' if kind == 'down_proj' else 'gate_up_proj'}"
+    if target not in targets or index >= len(targets[target]):
+        return None
+    part = targets[target][index]
+    if kind != "down_proj":
+        half = len(part) // 2
+        part = part[:half] if kind == "gate_proj" else part[half:]
+    return _Place(target, part)
+
+
+def _fill(
+    places: dict[str, _Place], entries: dict[str, TensorEntry], on_progress: Progress | None
+) -> None:
+    """Copy every file tensor to its place, file by file."""
+    total_bytes = sum(entries[name].num_bytes for name in places)
+    done_bytes = 0
+    if on_progress is not None:
+        on_progress(0, total_bytes)
+    by_file: dict[Path, list[str]] = {}  # file -> its tensors
+    for name in places:
+        by_file.setdefault(entries[name].file, []).append(name)
+    for path, names in by_file.items():
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    # A view of the mapped file: pages come in while they are copied, and none
+                    # of it counts as this process's own memory.
+                    places[name].part.copy_(file.get_tensor(name))
+                    done_bytes += entries[name].num_bytes
+                    if on_progress is not None:
+                        on_progress(done_bytes, total_bytes)
+        except (SafetensorError, OSError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a filled tensor in place of a meta one."""
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if attribute in module._parameters:
+        setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+    else:
+        module._buffers[attribute] = tensor
+
+
+def _rebuild_rotary(model: PreTrainedModel) -> None:
+    """Make the modules that compute their buffers again, now with memory.
+
+    On the meta device their frequencies were never computed; copying shapes would leave garbage.
+    """
+    for parent, name, module in rotary_modules(model):
+        rebuilt = type(module)(config=model.config)
+        setattr(parent, name, rebuilt)
+    left = [name for name, t in _all_tensors(model) if t.is_meta]
+    assert not left, f"still without memory: {left}"
+
+
+def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

@@ -1,0 +1,145 @@
+"""One step: a plan in, a result out.
+
+Owns the order of a step's work: slots, packing, network, sampling, what the tokens mean for the
+slots. Does not know requests or scheduling; holds no opinion on which rows a step should have.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rillgate_server.core.step import (
+    FailedRow,
+    RowPlan,
+    StepPlan,
+    StepResult,
+    StepTimes,
+    TokenLogprobs,
+)
+from rillgate_server.worker.attention.base import AttentionBackend
+from rillgate_server.worker.input_batch import InputBatch
+from rillgate_server.worker.kv_storage import KVStorage
+from rillgate_server.worker.network.base import Network
+from rillgate_server.worker.sampler import SampledToken, sample, token_logprobs
+
+_LOGPROB_POSITIONS = 128
+"""Prompt positions whose logits exist at a time: 128 x 150,000 float32 are 77 MB."""
+
+
+class ModelRunner:
+    """Executes plans, one at a time, on one thread. State: the slots (`_batch`) and the cache."""
+
+    def __init__(
+        self, network: Network, attention: AttentionBackend, storage: KVStorage, vocab_size: int
+    ) -> None:
+        """Run `network` with `attention` over `storage`."""
+        self._network = network
+        self._attention = attention
+        self._storage = storage
+        self._batch = InputBatch(storage.layout.block_size_tokens, storage.num_blocks, vocab_size)
+
+    def __repr__(self) -> str:
+        """Show the state."""
+        return f"ModelRunner({self._batch}, {self._storage})"
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one plan. Raises EngineFailure for a plan that contradicts the slots."""
+        begin = time.perf_counter()
+        self._storage.clear(self._batch.apply(plan))
+        if not plan.rows:
+            return StepResult(plan.step_id, ())
+        step = self._batch.pack(plan.rows)
+        hidden = self._network.hidden(step.token_ids, step.positions, self._attention.prepare(step))
+        sampling_rows = [row for row in plan.rows if row.samples]
+        last_tokens = _last_tokens(plan.rows)
+        logits = self._network.logits(hidden[last_tokens]) if sampling_rows else None
+        computed = time.perf_counter()
+
+        sampled = self._sample(sampling_rows, logits)
+        prompt_logprobs = self._prompt_logprobs(plan.rows, hidden)
+        done = time.perf_counter()
+        return _result(
+            plan.step_id,
+            sampling_rows,
+            sampled,
+            prompt_logprobs,
+            StepTimes(model_s=computed - begin, sample_s=done - computed),
+        )
+
+    def _sample(self, rows: Sequence[RowPlan], logits: Tensor | None) -> list[SampledToken]:
+        """Draw a token per row and note it in its slot. logits: [num_rows, vocab_size]."""
+        if logits is None:
+            return []
+        slots = [self._batch.slot(row.slot) for row in rows]
+        sampled = sample(logits, [slot.sampling for slot in slots])
+        for slot, token in zip(slots, sampled, strict=True):
+            if token.token_id is not None:
+                slot.append(token.token_id)
+        return sampled
+
+    def _prompt_logprobs(
+        self, rows: Sequence[RowPlan], hidden: Tensor
+    ) -> tuple[tuple[int, tuple[TokenLogprobs, ...]], ...]:
+        """Give each asking row's (slot, log-probabilities of the prompt tokens that follow).
+
+        The logits at position p speak of the token at p + 1: a chunk covers what its own positions
+        predict, so the chunk that ends at p needs the first token of the next one, and the last
+        prompt position speaks of no prompt token.
+        """
+        found = []
+        offset = 0
+        for row in rows:
+            if row.prompt_logprobs:
+                own = hidden[offset : offset + row.num_tokens]
+                found.append((row.slot, self._row_prompt_logprobs(row, own)))
+            offset += row.num_tokens
+        return tuple(found)
+
+    def _row_prompt_logprobs(self, row: RowPlan, hidden: Tensor) -> tuple[TokenLogprobs, ...]:
+        slot = self._batch.slot(row.slot)
+        end = min(row.start + row.num_tokens + 1, slot.num_prompt_tokens)
+        following = slot.token_ids[row.start + 1 : end]
+        num_top = slot.sampling.params.num_prompt_logprobs or 0
+        logprobs: list[TokenLogprobs] = []
+        for i in range(0, len(following), _LOGPROB_POSITIONS):
+            token_ids = following[i : i + _LOGPROB_POSITIONS]
+            logits = self._network.logits(hidden[i : i + len(token_ids)])
+            logprobs.extend(token_logprobs(logits, token_ids, num_top))
+        return tuple(logprobs)
+
+
+def _last_tokens(rows: Sequence[RowPlan]) -> Tensor:
+    """Return where each sampling row's last token lies in the packed step. [num_rows], int64."""
+    found = []
+    end = 0
+    for row in rows:
+        end += row.num_tokens
+        if row.samples:
+            found.append(end - 1)
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _result(
+    step_id: int,
+    rows: Sequence[RowPlan],
+    sampled: Sequence[SampledToken],
+    prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...],
+    times: StepTimes,
+) -> StepResult:
+    """Say it in plain types."""
+    logprobs = tuple(token.logprobs for token in sampled)
+    return StepResult(
+        step_id=step_id,
+        token_ids=tuple(() if t.token_id is None else (t.token_id,) for t in sampled),
+        logprobs=logprobs if any(entry is not None for entry in logprobs) else (),
+        prompt_logprobs=prompt_logprobs,
+        failed_rows=tuple(
+            FailedRow(row.slot, "the model gave a NaN or no finite logit")
+            for row, token in zip(rows, sampled, strict=True)
+            if token.token_id is None
+        ),
+        times=times,
+    )

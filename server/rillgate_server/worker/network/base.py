@@ -1,0 +1,22 @@
+"""The network, as the model runner sees it: tokens in, hidden states and logits out."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from rillgate_server.worker.attention.base import AttentionStep
+
+
+class Network(Protocol):
+    """A decoder-only model with paged attention. Called from one thread, in inference mode."""
+
+    def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
+        """Run all layers over a packed step.
+
+        tokens, positions: [num_tokens], int64. Returns [num_tokens, hidden_size], model dtype.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the output head. hidden: [num, hidden_size]. Returns [num, vocab_size]."""
+        ...

@@ -1,0 +1,107 @@
+"""The data plane's front door: load a checkpoint, reserve the cache, execute plans.
+
+Owns the choice of types and threads. Does not know requests; sees block numbers and slots.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rillgate_server.core.checkpoint import read_model_spec
+from rillgate_server.core.model_spec import KVLayout, ModelSpec
+from rillgate_server.core.step import StepPlan, StepResult
+from rillgate_server.errors import ConfigError, EngineFailure
+from rillgate_server.worker.attention.sdpa import SdpaAttention
+from rillgate_server.worker.kv_storage import KVStorage
+from rillgate_server.worker.model_loader import load_network
+from rillgate_server.worker.model_runner import ModelRunner
+from rillgate_server.worker.network.transformers_network import (
+    TransformersNetwork,
+    layer_cache_shapes,
+)
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What a CPU computes well."""
+_INSTEAD = {"float16": "bfloat16", "float64": "float32"}
+"""What `auto` takes for a checkpoint in a type that CPUs compute slowly: the same memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """What decides how a checkpoint is loaded."""
+
+    dtype: str = "auto"
+    """`auto` (the checkpoint's; bfloat16 for float16), `bfloat16` or `float32`."""
+    num_threads: int | None = None
+    """Threads for tensor work; None: torch's default, one per core."""
+    block_size_tokens: int = 16
+    """Tokens per cache block."""
+
+
+class Worker:
+    """One rank of a model. Called from one thread at a time.
+
+    State: the network, and from `allocate_cache` on the runner with its cache and slots.
+    """
+
+    def __init__(self, network: TransformersNetwork, spec: ModelSpec, layout: KVLayout) -> None:
+        """Use `load`."""
+        self.spec = spec
+        self.layout = layout
+        self._network = network
+        self._runner: ModelRunner | None = None
+
+    def __repr__(self) -> str:
+        """Show model and state."""
+        return f"Worker({self.spec.name}, {self.spec.dtype}, {self._runner})"
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path,
+        options: WorkerOptions,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> "Worker":
+        """Load a checkpoint; `on_progress` gets (bytes done, bytes in all).
+
+        Raises CheckpointError, OutOfMemory, or ConfigError for an unknown dtype.
+        """
+        spec = read_model_spec(model_dir)
+        dtype = _resolve_dtype(options.dtype, spec.dtype)
+        if options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)
+        network = TransformersNetwork(load_network(model_dir, _DTYPES[dtype], on_progress))
+        shapes = layer_cache_shapes(network.model.config)
+        layout = KVLayout.build(options.block_size_tokens, dtype, shapes)
+        return cls(network, replace(spec, dtype=dtype), layout)
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Reserve the cache; slots and blocks of an earlier one are gone. Raises OutOfMemory."""
+        self._runner = None  # its memory counts as free for the new one
+        storage = KVStorage(self.layout, num_blocks)
+        attention = SdpaAttention(storage, _DTYPES[self.spec.dtype])
+        self._runner = ModelRunner(self._network, attention, storage, self.spec.vocab_size)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one plan. Raises EngineFailure for one that contradicts what went before."""
+        if self._runner is None:
+            raise EngineFailure("execute was called before allocate_cache")
+        return self._runner.execute(plan)
+
+
+def _resolve_dtype(asked: str, checkpoint: str) -> str:
+    """Return the type to compute in."""
+    dtype = asked
+    if asked == "auto":
+        dtype = _INSTEAD.get(checkpoint, checkpoint)
+        if dtype != checkpoint:
+            _log.info("the checkpoint is %s; computing in %s", checkpoint, dtype)
+    if dtype not in _DTYPES:
+        of = f" (from the checkpoint's {checkpoint})" if asked == "auto" else ""
+        raise ConfigError(f"model.dtype is {dtype}{of}; allowed: auto, {', '.join(_DTYPES)}")
+    return dtype
