@@ -1,7 +1,7 @@
 """The link against a real Engine server on a Unix socket."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +24,15 @@ from tests.replica.engine_server import (
 
 
 @pytest.fixture
-def socket() -> "AsyncIterator[Path]":
+def socket() -> Iterator[Path]:
+    """Where the replica would listen."""
     with socket_directory() as directory:
         yield directory / "engine.sock"
 
 
 @pytest.fixture
 async def link(socket: Path) -> AsyncIterator[ReplicaLink]:
+    """Yield a started link."""
     link = ReplicaLink(f"unix:{socket}")
     await link.start()
     yield link

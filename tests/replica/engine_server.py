@@ -6,7 +6,7 @@ The engine behind it is any EngineHandle: `ScriptedEngine` says exactly what a t
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -88,7 +88,7 @@ class ScriptedEngine:
 
 
 @contextlib.contextmanager
-def socket_directory() -> "contextlib.Iterator[Path]":
+def socket_directory() -> Iterator[Path]:
     """Yield a directory whose name is short enough for a socket's path."""
     with tempfile.TemporaryDirectory(prefix="rillgate-") as name:
         yield Path(name)

@@ -8,6 +8,9 @@ each request until its reader comes. So a slow reader costs a longer entry, neve
 Does not know streams, tasks or protobuf; one thread or task owns it.
 """
 
+import itertools
+from collections.abc import Iterator
+
 from rillgate_server.core.step import (
     ChoiceFinished,
     ChoiceTokens,
@@ -18,9 +21,19 @@ from rillgate_server.core.step import (
     TokenLogprobs,
 )
 
+StepEntry = RequestStarted | PromptLogprobs | ChoiceTokens | ChoiceFinished | RequestFailed
+"""What a StepOutput is made of; each names its request."""
+
 MAX_TAKEN_PROMPT_POSITIONS = 65_536
 """Prompt positions with log-probabilities in one output, unless one prompt alone has more: with 20
 alternatives each (about 160 bytes) some 10 MB, well inside a message of 64 MiB."""
+
+
+def entries_of(output: StepOutput) -> Iterator[StepEntry]:
+    """Iterate over an output's entries, in the order that `StepOutput` promises."""
+    return itertools.chain(
+        output.started, output.prompt_logprobs, output.tokens, output.finished, output.failed
+    )
 
 
 class _PendingTokens:
@@ -63,14 +76,21 @@ class PendingOutput:
             self._tokens or self._finished or self._started or self._failed or self._prompt_logprobs
         )
 
-    def add_started(self, step_id: int, started: RequestStarted) -> None:
-        """Keep that a request left the queue."""
+    def add(self, step_id: int, entry: StepEntry) -> None:
+        """Keep one entry of a step; tokens are appended to those of the choice that wait."""
         self._step_id = step_id
-        self._started.append(started)
+        if isinstance(entry, ChoiceTokens):
+            self._add_tokens(entry)
+        elif isinstance(entry, ChoiceFinished):
+            self._finished.append(entry)
+        elif isinstance(entry, RequestStarted):
+            self._started.append(entry)
+        elif isinstance(entry, PromptLogprobs):
+            self._prompt_logprobs.append(entry)
+        else:
+            self._failed.append(entry)
 
-    def add_tokens(self, step_id: int, tokens: ChoiceTokens) -> None:
-        """Append new tokens of a choice to those that wait."""
-        self._step_id = step_id
+    def _add_tokens(self, tokens: ChoiceTokens) -> None:
         key = (tokens.request_id, tokens.choice_index)
         pending = self._tokens.get(key)
         if pending is None:
@@ -79,21 +99,6 @@ class PendingOutput:
         pending.token_ids.extend(tokens.token_ids)
         pending.logprobs.extend(tokens.logprobs)
         self.num_tokens += len(tokens.token_ids)
-
-    def add_prompt_logprobs(self, step_id: int, logprobs: PromptLogprobs) -> None:
-        """Keep a prompt's log-probabilities."""
-        self._step_id = step_id
-        self._prompt_logprobs.append(logprobs)
-
-    def add_finished(self, step_id: int, finished: ChoiceFinished) -> None:
-        """Keep that a choice ended."""
-        self._step_id = step_id
-        self._finished.append(finished)
-
-    def add_failed(self, step_id: int, failed: RequestFailed) -> None:
-        """Keep that a request failed."""
-        self._step_id = step_id
-        self._failed.append(failed)
 
     def take(self) -> StepOutput:
         """Return what waits, merged, under the latest step's number.

@@ -8,23 +8,21 @@ Does not know text, and not what to do when a replica is gone: its streams raise
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
 
 import grpc
 
 from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
 from rillgate_server.core.load import EngineLoad
-from rillgate_server.core.pending_output import PendingOutput
+from rillgate_server.core.pending_output import PendingOutput, StepEntry, entries_of
 from rillgate_server.core.request import RequestRejected
 from rillgate_server.core.step import (
     ChoiceFinished,
     ChoiceTokens,
-    PromptLogprobs,
     RequestFailed,
-    RequestStarted,
     StepOutput,
 )
 from rillgate_server.core.submission import Submission
@@ -40,16 +38,13 @@ from rillgate_server.service.convert_engine import (
     welcome_from_wire,
 )
 
+if TYPE_CHECKING:  # only the stubs know the type parameters
+    _WatchCall = grpc.aio.UnaryStreamCall[engine_pb2.WatchRequest, engine_pb2.ReplicaEvent]
+    _RunCall = grpc.aio.StreamStreamCall[engine_pb2.EngineCommand, engine_pb2.EngineEvent]
+
 _log = logging.getLogger(__name__)
 
-Event = (
-    RequestStarted
-    | ChoiceTokens
-    | PromptLogprobs
-    | ChoiceFinished
-    | RequestFailed
-    | RequestRejected
-)
+Event = StepEntry | RequestRejected
 
 FIRST_RETRY_S = 0.05
 """After a broken connection; a Unix socket answers or refuses at once."""
@@ -107,14 +102,7 @@ class ReplicaStream:
         if self._rejected is not None:
             rejected, self._rejected = self._rejected, None
             return [rejected]
-        output = self._pending.take()
-        return [
-            *output.started,
-            *output.prompt_logprobs,
-            *output.tokens,
-            *output.finished,
-            *output.failed,
-        ]
+        return list(entries_of(self._pending.take()))
 
     def abort(self, choice_indices: tuple[int, ...] = ()) -> None:
         """End the request, or some of its choices; never fails. Nothing more arrives for them."""
@@ -131,18 +119,15 @@ class ReplicaStream:
 
     # -- by the link's reader ---------------------------------------------------------------------
 
-    def _add_tokens(self, step_id: int, tokens: ChoiceTokens) -> None:
-        if tokens.choice_index in self._open_choices:
-            self._pending.add_tokens(step_id, tokens)
-
-    def _add_finished(self, step_id: int, finished: ChoiceFinished) -> None:
-        if finished.choice_index in self._open_choices:
-            self._pending.add_finished(step_id, finished)
-            self._open_choices.discard(finished.choice_index)
-
-    def _add_failed(self, step_id: int, failed: RequestFailed) -> None:
-        self._pending.add_failed(step_id, failed)
-        self._open_choices.clear()
+    def _add(self, step_id: int, entry: StepEntry) -> None:
+        if isinstance(entry, ChoiceTokens | ChoiceFinished):
+            if entry.choice_index not in self._open_choices:
+                return  # aborted
+            if isinstance(entry, ChoiceFinished):
+                self._open_choices.discard(entry.choice_index)
+        elif isinstance(entry, RequestFailed):
+            self._open_choices.clear()
+        self._pending.add(step_id, entry)
 
     def _reject(self, rejected: RequestRejected) -> None:
         self._rejected = rejected
@@ -224,7 +209,7 @@ class ReplicaLink:
         return stream
 
     def _abort(self, stream: ReplicaStream, choice_indices: tuple[int, ...]) -> None:
-        """Tell the replica; a stream that is over, or whose connection broke, has nobody to tell."""
+        """Tell the replica, unless the stream is over or its connection broken."""
         if stream.is_finished and self._streams.pop(stream.request_key, None) is None:
             return
         if self._commands is not None:
@@ -265,12 +250,13 @@ class ReplicaLink:
         """Hold one connection until a part of it breaks; raises what broke it."""
         async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
-            watch = stub.Watch(engine_pb2.WatchRequest())
-            self._greet(await watch.read())
-            run = stub.Run()
+            watch: _WatchCall = stub.Watch(engine_pb2.WatchRequest())
+            replica_events = aiter(watch)
+            self._greet(await anext(replica_events, None))
+            run: _RunCall = stub.Run()
             commands: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
             tasks = (
-                asyncio.create_task(self._read_watch(watch)),
+                asyncio.create_task(self._read_watch(replica_events)),
                 asyncio.create_task(self._read_run(run)),
                 asyncio.create_task(self._write_commands(run, commands)),
             )
@@ -288,9 +274,9 @@ class ReplicaLink:
                 watch.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _greet(self, event: engine_pb2.ReplicaEvent) -> None:
+    def _greet(self, event: engine_pb2.ReplicaEvent | None) -> None:
         """Take a replica's Welcome, or raise NoReplica if it is not one to work with."""
-        if event is grpc.aio.EOF or not event.HasField("welcome"):
+        if event is None or not event.HasField("welcome"):
             raise NoReplica("it did not say what it is")
         welcome = welcome_from_wire(event.welcome)
         if welcome.protocol_version != PROTOCOL_VERSION:
@@ -302,15 +288,15 @@ class ReplicaLink:
             raise NoReplica(refusal)
         self.welcome = welcome
 
-    async def _read_watch(self, watch: "grpc.aio.UnaryStreamCall") -> None:
-        while (event := await watch.read()) is not grpc.aio.EOF:
+    async def _read_watch(self, events: AsyncIterator[engine_pb2.ReplicaEvent]) -> None:
+        async for event in events:
             if event.HasField("load"):
                 self.load = load_from_wire(event.load)
                 self._load_at_s = asyncio.get_running_loop().time()
         raise NoReplica("it ended its Watch")
 
-    async def _read_run(self, run: "grpc.aio.StreamStreamCall") -> None:
-        while (event := await run.read()) is not grpc.aio.EOF:
+    async def _read_run(self, run: "_RunCall") -> None:
+        async for event in run:
             if event.HasField("step_output"):
                 self._deliver(step_output_from_wire(event.step_output))
             elif event.HasField("rejected"):
@@ -321,36 +307,20 @@ class ReplicaLink:
 
     async def _write_commands(
         self,
-        run: "grpc.aio.StreamStreamCall",
-        commands: "asyncio.Queue[engine_pb2.EngineCommand]",
+        run: "_RunCall",
+        commands: asyncio.Queue[engine_pb2.EngineCommand],
     ) -> None:
         while True:
             await run.write(await commands.get())
 
     def _deliver(self, output: StepOutput) -> None:
         """Sort a message's entries into the streams' buffers; those of closed keys are dropped."""
-        step_id, find = output.step_id, self._streams.get
         touched: set[ReplicaStream] = set()
-        for started in output.started:
-            if stream := find(started.request_id):
+        for entry in entries_of(output):
+            stream = self._streams.get(entry.request_id)
+            if stream is not None:
+                stream._add(output.step_id, entry)
                 touched.add(stream)
-                stream._pending.add_started(step_id, started)
-        for prompt in output.prompt_logprobs:
-            if stream := find(prompt.request_id):
-                touched.add(stream)
-                stream._pending.add_prompt_logprobs(step_id, prompt)
-        for tokens in output.tokens:
-            if stream := find(tokens.request_id):
-                touched.add(stream)
-                stream._add_tokens(step_id, tokens)
-        for finished in output.finished:
-            if stream := find(finished.request_id):
-                touched.add(stream)
-                stream._add_finished(step_id, finished)
-        for failed in output.failed:
-            if stream := find(failed.request_id):
-                touched.add(stream)
-                stream._add_failed(step_id, failed)
         for stream in touched:
             stream._wake.set()
             if stream.is_finished:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
@@ -19,6 +19,7 @@ from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
 from rillgate_server.core.clock import Clock
 from rillgate_server.core.load import EngineLoad
 from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.pending_output import entries_of
 from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
 from rillgate_server.core.step import StepOutput
 from rillgate_server.core.welcome import Welcome
@@ -32,6 +33,10 @@ from rillgate_server.service.convert_engine import (
     welcome_event,
 )
 
+if TYPE_CHECKING:  # only the stubs know the type parameters
+    _RunContext = grpc.aio.ServicerContext[engine_pb2.EngineCommand, engine_pb2.EngineEvent]
+    _WatchContext = grpc.aio.ServicerContext[engine_pb2.WatchRequest, engine_pb2.ReplicaEvent]
+
 _log = logging.getLogger(__name__)
 
 LOAD_INTERVAL_S = 0.2
@@ -39,7 +44,6 @@ LOAD_INTERVAL_S = 0.2
 DRAINING_RETRY_S = 1.0
 """After which a restarted replica may be there."""
 
-RunContext = grpc.aio.ServicerContext
 EngineEventHandler = Callable[[StepOutput | RequestRejected], None]
 
 
@@ -129,30 +133,13 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
     def _deliver_step(self, output: StepOutput) -> None:
         """Sort a step's entries into the streams' books, and wake each stream once."""
-        step_id, find = output.step_id, self._open.get
         touched: set[RunStream] = set()
-        for started in output.started:
-            if request := find(started.request_id):
-                touched.add(request.stream)
-                request.stream.add_started(step_id, request, started)
-        for prompt in output.prompt_logprobs:
-            if request := find(prompt.request_id):
-                touched.add(request.stream)
-                request.stream.add_prompt_logprobs(step_id, request, prompt)
-        for tokens in output.tokens:
-            if request := find(tokens.request_id):
-                touched.add(request.stream)
-                request.stream.add_tokens(step_id, request, tokens)
-        for finished in output.finished:
-            if request := find(finished.request_id):
-                touched.add(request.stream)
-                request.stream.add_finished(step_id, request, finished)
+        for entry in entries_of(output):
+            request = self._open.get(entry.request_id)
+            if request is not None:
+                request.stream.add(output.step_id, request, entry)
                 self._forget_if_closed(request)
-        for failed in output.failed:
-            if request := find(failed.request_id):
                 touched.add(request.stream)
-                request.stream.add_failed(step_id, request, failed)
-                self._forget_if_closed(request)
         for stream in touched:
             stream.wake()
 
@@ -163,7 +150,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     # -- Run ----------------------------------------------------------------------------------
 
     async def Run(
-        self, commands: AsyncIterator[engine_pb2.EngineCommand], context: RunContext
+        self, commands: AsyncIterator[engine_pb2.EngineCommand], context: "_RunContext"
     ) -> None:
         """Serve one gateway's stream until either side ends it."""
         stream = RunStream(self._max_buffered_tokens)
@@ -200,7 +187,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 self._abort(stream, command.abort.request_key, command.abort.choice_indices)
         stream.half_close()
 
-    async def _write_events(self, stream: RunStream, context: RunContext) -> None:
+    async def _write_events(self, stream: RunStream, context: "_RunContext") -> None:
         while (event := await stream.take()) is not None:
             if isinstance(event, RequestRejected):
                 await context.write(rejected_event(event))
@@ -264,7 +251,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     # -- Watch and the end --------------------------------------------------------------------
 
     async def Watch(
-        self, request: engine_pb2.WatchRequest, context: RunContext
+        self, request: engine_pb2.WatchRequest, context: "_WatchContext"
     ) -> AsyncIterator[engine_pb2.ReplicaEvent]:
         """Say what this replica is, then its load, idle or not."""
         yield welcome_event(self._welcome)

@@ -12,14 +12,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rillgate_server.core.pending_output import PendingOutput
+from rillgate_server.core.pending_output import PendingOutput, StepEntry
 from rillgate_server.core.request import RequestRejected
 from rillgate_server.core.step import (
     ChoiceFinished,
     ChoiceTokens,
-    PromptLogprobs,
     RequestFailed,
-    RequestStarted,
     StepOutput,
 )
 
@@ -101,45 +99,16 @@ class RunStream:
 
     # -- what the engine says -----------------------------------------------------------------
 
-    def add_started(self, step_id: int, request: OpenRequest, started: RequestStarted) -> None:
-        """Keep that a request left the queue."""
-        self._pending.add_started(
-            step_id,
-            RequestStarted(request.request_key, started.queue_s, started.num_cached_tokens),
-        )
-
-    def add_tokens(self, step_id: int, request: OpenRequest, tokens: ChoiceTokens) -> None:
-        """Keep new tokens of a choice, unless it was aborted."""
-        if tokens.choice_index in request.open_choices:
-            self._pending.add_tokens(
-                step_id,
-                ChoiceTokens(
-                    request.request_key,
-                    tokens.choice_index,
-                    tokens.token_offset,
-                    tokens.token_ids,
-                    tokens.logprobs,
-                ),
-            )
-
-    def add_prompt_logprobs(
-        self, step_id: int, request: OpenRequest, logprobs: PromptLogprobs
-    ) -> None:
-        """Keep a prompt's log-probabilities."""
-        self._pending.add_prompt_logprobs(
-            step_id, PromptLogprobs(request.request_key, logprobs.positions)
-        )
-
-    def add_finished(self, step_id: int, request: OpenRequest, finished: ChoiceFinished) -> None:
-        """Keep that a choice ended, unless it was aborted."""
-        if finished.choice_index in request.open_choices:
-            self._pending.add_finished(step_id, replace(finished, request_id=request.request_key))
-            self.close_choices(request, (finished.choice_index,))
-
-    def add_failed(self, step_id: int, request: OpenRequest, failed: RequestFailed) -> None:
-        """Keep that a request failed."""
-        self._pending.add_failed(step_id, RequestFailed(request.request_key, failed.message))
-        self.close_choices(request)
+    def add(self, step_id: int, request: OpenRequest, entry: StepEntry) -> None:
+        """Keep an entry of a step for one of this stream's requests, and strike what it ends."""
+        if isinstance(entry, ChoiceTokens | ChoiceFinished):
+            if entry.choice_index not in request.open_choices:
+                return  # aborted
+            if isinstance(entry, ChoiceFinished):
+                self.close_choices(request, (entry.choice_index,))
+        elif isinstance(entry, RequestFailed):
+            self.close_choices(request)
+        self._pending.add(step_id, replace(entry, request_id=request.request_key))
 
     def add_rejected(self, rejected: RequestRejected) -> None:
         """Keep an answer that names a key which is not (or no longer) in the books."""

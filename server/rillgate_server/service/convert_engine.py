@@ -1,6 +1,6 @@
 """Core's plain types to and from the messages of engine.proto, both ways, for both sides.
 
-Owns that mapping alone: it checks nothing (the replica's admission does) and knows no stream. On the
+Owns that mapping alone: it checks nothing (the replica's intake does) and knows no stream. On the
 wire a request is named by its `request_key`; the same number stands in `request_id` of core's
 events, and who holds the stream translates.
 """
