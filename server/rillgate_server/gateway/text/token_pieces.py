@@ -143,8 +143,8 @@ def _replacement(part: Json) -> tuple[str, str]:
 def _unsupported(part: Json) -> CheckpointError:
     return CheckpointError(
         f"tokenizer.json: the decoder {str(dict(part))[:200]} is not supported; supported: "
-        "ByteLevel, Metaspace, none, and sequences of Replace (of a string), ByteFallback, Fuse, Strip (of "
-        "leading spaces, after Fuse)"
+        "ByteLevel, Metaspace, none, and sequences of Replace (of a string), ByteFallback, Fuse, "
+        "Strip (of leading spaces, after Fuse)"
     )
 
 

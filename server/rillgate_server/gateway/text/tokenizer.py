@@ -3,20 +3,21 @@
 Owns the reading of tokenizer.json, tokenizer_config.json and special_tokens_map.json. Does not know
 chat templates' meaning, reasoning, or models. Uses `tokenizers` alone: transformers brings torch.
 
-tokenizer.json is the authority. What transformers changes in it when it loads is done here too:
-named special tokens are added, and `add_bos_token`/`add_eos_token`, where the config has them,
-replace the post-processor. One thing is not: for some model types transformers 5 throws the file's
-normalizer and pre-tokenizer away for ones that it knows (Qwen2's NFC, say). Where those differ from
-the file, the file wins: it is what the model was trained with.
+tokenizer.json is the authority, its post-processor (which adds <s>, say) included; transformers 5
+ignores `add_bos_token` of tokenizer_config.json beside it. What transformers does change is done
+here too: special tokens that the config names are added. One thing is not: for some model types
+transformers 5 throws the file's normalizer and pre-tokenizer away for ones that it knows (for Qwen2
+its own regular expression and NFC). Where those differ from the file, the file wins: it is what
+the model was trained with.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer
 
 from rillgate_server.errors import CheckpointError, InvalidRequest
 from rillgate_server.gateway.text.token_pieces import TokenPieces
@@ -25,17 +26,8 @@ TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 _TEMPLATE_FILE = "chat_template.jinja"
-_SPECIAL_TOKEN_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-"""Names that templates may print and that are special by being named."""
-_EXTRA_SPECIAL_TOKEN_NAMES = ("additional_special_tokens", "extra_special_tokens")
+_FIRST_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_EXTRA_NAMES = ("additional_special_tokens", "extra_special_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +36,7 @@ class TokenizerFiles:
 
     tokenizer_json: bytes
     config: Mapping[str, object]
-    """tokenizer_config.json, with special_tokens_map.json under it; empty when there is neither."""
+    """tokenizer_config.json and special_tokens_map.json; empty when there is neither."""
     chat_template: str | None
 
     @classmethod
@@ -54,10 +46,9 @@ class TokenizerFiles:
             tokenizer_json = (model_dir / TOKENIZER_FILE).read_bytes()
         except OSError as error:
             raise CheckpointError(f"{model_dir / TOKENIZER_FILE}: {error.strerror}") from error
-        config = {
-            **read_json(model_dir / _SPECIAL_TOKENS_FILE),
-            **read_json(model_dir / _CONFIG_FILE),
-        }
+        config = read_json(model_dir / _CONFIG_FILE)
+        if "added_tokens_decoder" not in config:  # older checkpoints
+            config |= read_json(model_dir / _SPECIAL_TOKENS_FILE)
         template_file = model_dir / _TEMPLATE_FILE
         if template_file.is_file():
             return cls(tokenizer_json, config, template_file.read_text(encoding="utf-8"))
@@ -89,13 +80,10 @@ class TextTokenizer:
         decoder = json.loads(files.tokenizer_json).get("decoder")
         self.digest = sha256(files.tokenizer_json).hexdigest()
         """Hex digest of tokenizer.json."""
-        self.special_tokens = _special_tokens(files.config)
+        named = _named_entries(files.config)
+        self.special_tokens = {name: _content(entry) for name, entry in named.items()}
         """{`bos_token`: "<s>", …}"""
-        _configure(self._tokenizer, files.config, self.special_tokens)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special_token_ids = frozenset(
-            token_id for token_id, token in added.items() if token.special
-        )
+        self.special_token_ids = _configure(self._tokenizer, files.config)
         tokens = {index: token for token, index in self._tokenizer.get_vocab().items()}
         self.all_pieces = TokenPieces.compile(decoder, tokens)
         """The bytes behind each id, special tokens included."""
@@ -136,57 +124,53 @@ def _default_template(value: object) -> str | None:
     return None
 
 
-def _content(token: object) -> str | None:
+def _content(token: object) -> str:
     """Return the text of a special token's entry: a string, or an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    return token if isinstance(token, str) else ""
 
 
-def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
-    """Return the named special tokens that the config sets."""
-    named = {name: _content(config.get(name)) for name in _SPECIAL_TOKEN_NAMES}
-    return {name: text for name, text in named.items() if text is not None}
+def _named_entries(config: Mapping[str, object]) -> dict[str, object]:
+    """Return the special tokens that the config names, as it spells them: `…_token` all.
+
+    transformers' own names come first, since tokens that are new get their ids in this order.
+    """
+    named = {name: config[name] for name in _FIRST_NAMES if name in config} | dict(config)
+    for extra in _extra_entries(config):
+        named |= extra if isinstance(extra, dict) else {}
+    return {
+        name: entry for name, entry in named.items() if name.endswith("_token") and _content(entry)
+    }
 
 
-def _configure(
-    tokenizer: Tokenizer, config: Mapping[str, object], special_tokens: Mapping[str, str]
-) -> None:
-    """Do to a fresh tokenizer what transformers' TokenizersBackend does."""
+def _extra_entries(config: Mapping[str, object]) -> list[object]:
+    """Return the lists (and objects) of further special tokens in the config."""
+    return [config[name] for name in _EXTRA_NAMES if name in config]
+
+
+def _configure(tokenizer: Tokenizer, config: Mapping[str, object]) -> frozenset[int]:
+    """Do to a fresh tokenizer what transformers does; return the ids of its special tokens."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    entries = [config[name] for name in _SPECIAL_TOKEN_NAMES if config.get(name) is not None]
-    for name in _EXTRA_SPECIAL_TOKEN_NAMES:
-        extra = config.get(name)
-        entries += extra if isinstance(extra, list) else []
-    tokenizer.add_special_tokens([_added_token(entry) for entry in entries if _content(entry)])
-    if "add_bos_token" in config or "add_eos_token" in config or tokenizer.post_processor is None:
-        bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
-        eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
-        tokenizer.post_processor = _surrounding(tokenizer, bos, eos)
+    entries = list(_named_entries(config).values())
+    for extra in _extra_entries(config):
+        entries += filter(_content, extra) if isinstance(extra, list) else []
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for entry in entries:
+        token = known.get(_content(entry)) or _added_token(entry)
+        tokenizer.add_special_tokens([token])
+    added = tokenizer.get_added_tokens_decoder()
+    flagged: set[int | None] = {token_id for token_id, token in added.items() if token.special}
+    named = {tokenizer.token_to_id(_content(entry)) for entry in entries}
+    return frozenset(token_id for token_id in flagged | named if token_id is not None)
 
 
 def _added_token(entry: object) -> AddedToken:
-    """Return a special token's entry as the library's type."""
+    """Return an entry, a string or an object with flags, as the library's type."""
     flags = entry if isinstance(entry, dict) else {}
+    names = ("single_word", "lstrip", "rstrip", "normalized")
     return AddedToken(
-        _content(entry) or "",
-        single_word=bool(flags.get("single_word", False)),
-        lstrip=bool(flags.get("lstrip", False)),
-        rstrip=bool(flags.get("rstrip", False)),
-        normalized=bool(flags.get("normalized", False)),
-        special=True,
-    )
-
-
-def _surrounding(
-    tokenizer: Tokenizer, bos: str | None, eos: str | None
-) -> processors.TemplateProcessing:
-    """Return the post-processor that puts bos before and eos after a text."""
-    single: Sequence[str] = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
-    return processors.TemplateProcessing(
-        single=list(single),
-        pair=[*single, "$B:1"],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token],
+        _content(entry), special=True, **{name: bool(flags.get(name, False)) for name in names}
     )
