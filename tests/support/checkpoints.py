@@ -73,7 +73,7 @@ KINDS: dict[str, dict[str, Any]] = {
 dense layer, routed experts, and values that are narrower than its keys."""
 
 
-def make_checkpoint(  # size: the options are what the tests vary
+def make_checkpoint(
     path: Path,
     kind: str,
     *,

@@ -53,7 +53,7 @@ class Worker:
         """Use `load`."""
         self.spec = spec
         self.layout = layout
-        self._network = network
+        self.network = network
         self._runner: ModelRunner | None = None
 
     def __repr__(self) -> str:
@@ -85,7 +85,7 @@ class Worker:
         self._runner = None  # its memory counts as free for the new one
         storage = KVStorage(self.layout, num_blocks)
         attention = SdpaAttention(storage, _DTYPES[self.spec.dtype])
-        self._runner = ModelRunner(self._network, attention, storage, self.spec.vocab_size)
+        self._runner = ModelRunner(self.network, attention, storage, self.spec.vocab_size)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one plan. Raises EngineFailure for one that contradicts what went before."""
