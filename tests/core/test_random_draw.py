@@ -21,12 +21,14 @@ KNOWN_ANSWERS = [
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
-def test_philox_gives_the_published_words(counter, key, words):
+def test_philox_gives_the_published_words(
+    counter: tuple[int, int, int, int], key: tuple[int, int], words: tuple[int, int, int, int]
+) -> None:
     """The generator is the published one, so any language can repeat our draws."""
     assert philox4x32(counter, key) == words
 
 
-def test_uniform_is_inside_the_open_interval_and_spread_evenly():
+def test_uniform_is_inside_the_open_interval_and_spread_evenly() -> None:
     """A thousand draws fill ten bins, none with less than half or more than twice its share."""
     draws = [uniform(seed=7, choice=0, position=i) for i in range(1000)]
     assert all(0.0 < u < 1.0 for u in draws)
@@ -35,7 +37,7 @@ def test_uniform_is_inside_the_open_interval_and_spread_evenly():
     assert max(bins) < 200
 
 
-def test_uniform_depends_on_seed_choice_and_position():
+def test_uniform_depends_on_seed_choice_and_position() -> None:
     """Changing any of the three, the seed's high half included, changes the number."""
     base = uniform(1, 2, 3)
     others = {uniform(0, 2, 3), uniform(1 + 2**32, 2, 3), uniform(1, 0, 3), uniform(1, 2, 4)}

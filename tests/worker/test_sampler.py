@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +17,22 @@ from rillgate_server.worker.slot_sampling import SlotSampling
 VOCAB_SIZE = 50
 
 
-def slot_of(params, prompt=(), generated=(), choice_index=0, vocab_size=VOCAB_SIZE):
+def slot_of(
+    params: SamplingParams,
+    prompt: Sequence[int] = (),
+    generated: Sequence[int] = (),
+    choice_index: int = 0,
+    vocab_size: int = VOCAB_SIZE,
+) -> SlotSampling:
     """Build the sampler's state of a slot with this history."""
     tokens = tuple(prompt) + tuple(generated)
     start = SlotStart(0, tokens, len(prompt), (), params, choice_index)
     return SlotSampling.start(start, vocab_size)
 
 
-def reference_probabilities(logits, params, prompt, generated):
+def reference_probabilities(
+    logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
+) -> list[float]:
     """Follow the contract's order with Python floats, one token at a time."""
     x = [float(v) for v in logits]
     if len(generated) < params.min_tokens:
@@ -56,7 +66,13 @@ def reference_probabilities(logits, params, prompt, generated):
     return p
 
 
-def reference_token(logits, params, prompt, generated, choice_index):
+def reference_token(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    choice_index: int,
+) -> int:
     """Walk the vocabulary until the cumulative probability exceeds u * total."""
     p = reference_probabilities(logits, params, prompt, generated)
     target = uniform(params.seed, choice_index, len(generated)) * sum(p)
@@ -68,7 +84,7 @@ def reference_token(logits, params, prompt, generated, choice_index):
     raise AssertionError("unreachable")
 
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {  # Any: keyword arguments of different types
     "plain": {},
     "cold": {"temperature": 0.3},
     "hot": {"temperature": 3.0},
@@ -100,7 +116,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_setting_draws_the_token_of_the_obvious_reference(name):
+def test_every_setting_draws_the_token_of_the_obvious_reference(name: str) -> None:
     """Two hundred rows of random logits and histories, alone and in one batch."""
     generator = torch.Generator().manual_seed(len(name))
     logits = torch.randn(200, VOCAB_SIZE, generator=generator) * 3
@@ -116,12 +132,12 @@ def test_every_setting_draws_the_token_of_the_obvious_reference(name):
     assert alone == expected[::20]
 
 
-def test_the_settings_above_really_change_tokens():
+def test_the_settings_above_really_change_tokens() -> None:
     """A setting that the sampler ignored would pass the comparison only if it changed nothing."""
     logits = torch.randn(200, VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 3
     prompt, generated = list(range(10)), [3, 3, 4, 5]
 
-    def tokens(options):
+    def tokens(options: dict[str, Any]) -> list[int | None]:  # Any: as in SETTINGS
         return [
             sample(logits[i : i + 1], [slot_of(SamplingParams(i, **options), prompt, generated)])[
                 0
@@ -135,7 +151,7 @@ def test_the_settings_above_really_change_tokens():
             assert tokens(options) != plain, name
 
 
-def test_a_large_nucleus_gives_the_same_threshold_as_a_full_sort():
+def test_a_large_nucleus_gives_the_same_threshold_as_a_full_sort() -> None:
     """The shortcut over the likeliest 1,024 falls back where they do not reach top_p."""
     vocab_size = 5000
     logits = torch.randn(40, vocab_size, generator=torch.Generator().manual_seed(2)) * 0.1
@@ -145,7 +161,7 @@ def test_a_large_nucleus_gives_the_same_threshold_as_a_full_sort():
         assert token.token_id == reference_token(logits[i], params, [], [], 0)
 
 
-def test_a_broken_row_fails_alone():
+def test_a_broken_row_fails_alone() -> None:
     """NaN, plus infinity or nothing finite: no token for that row; its neighbours draw theirs."""
     logits = torch.randn(5, VOCAB_SIZE, generator=torch.Generator().manual_seed(3))
     slots = [slot_of(SamplingParams(seed=i, temperature=float(i % 2))) for i in range(5)]
@@ -157,7 +173,7 @@ def test_a_broken_row_fails_alone():
     assert broken == [whole[0], None, None, None, whole[4]]
 
 
-def test_a_row_that_bans_leave_empty_fails_alone():
+def test_a_row_that_bans_leave_empty_fails_alone() -> None:
     """Banning the whole vocabulary is the request's own fault, not its neighbours'."""
     logits = torch.zeros(2, 3)
     params = SamplingParams(seed=1, min_tokens=1, banned_until_min_tokens=(0, 1, 2))
@@ -167,7 +183,7 @@ def test_a_row_that_bans_leave_empty_fails_alone():
     assert second.token_id is not None
 
 
-def test_greedy_takes_the_lowest_id_on_ties():
+def test_greedy_takes_the_lowest_id_on_ties() -> None:
     """Equal logits, with and without adjustments."""
     logits = torch.zeros(2, VOCAB_SIZE)
     logits[:, [9, 4, 30]] = 2.0
@@ -176,7 +192,7 @@ def test_greedy_takes_the_lowest_id_on_ties():
     assert [token.token_id for token in tokens] == [4, 4]
 
 
-def test_a_slot_that_appended_equals_one_that_replayed():
+def test_a_slot_that_appended_equals_one_that_replayed() -> None:
     """A continuation draws what the unbroken choice would have drawn."""
     params = SamplingParams(seed=5, repetition_penalty=1.5, frequency_penalty=0.7)
     grown = slot_of(params, prompt=(1, 2))
@@ -188,7 +204,7 @@ def test_a_slot_that_appended_equals_one_that_replayed():
         assert sample(row[None], [grown]) == sample(row[None], [replayed])
 
 
-def test_draws_follow_the_probabilities():
+def test_draws_follow_the_probabilities() -> None:
     """Ten thousand seeds over three tokens, within four standard errors."""
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]]))
     counts = Counter(
@@ -200,7 +216,7 @@ def test_draws_follow_the_probabilities():
         assert abs(counts[token_id] - probability * 10_000) < 4 * error
 
 
-def test_logprobs_are_of_the_raw_logits_and_best_first():
+def test_logprobs_are_of_the_raw_logits_and_best_first() -> None:
     """Penalties and temperature do not show in the returned log-probabilities."""
     logits = torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(6))
     params = SamplingParams(seed=1, temperature=0.1, logit_bias=((8, 100.0),), num_logprobs=3)
@@ -213,7 +229,7 @@ def test_logprobs_are_of_the_raw_logits_and_best_first():
     assert ids == expected.topk(3).indices.tolist()
 
 
-def test_token_logprobs_with_no_alternatives_gives_the_given_tokens_alone():
+def test_token_logprobs_with_no_alternatives_gives_the_given_tokens_alone() -> None:
     """`num_top` 0 is allowed."""
     logits = torch.randn(4, VOCAB_SIZE)
     rows = token_logprobs(logits, [1, 2, 3, 4], 0)
