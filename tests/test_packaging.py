@@ -45,6 +45,17 @@ def test_bare_install_imports_the_client_without_torch(bare_python: Path) -> Non
     )
 
 
+def test_bare_install_imports_every_module_of_the_client(bare_python: Path) -> None:
+    """No module of the client needs more than the base dependencies just to be imported."""
+    _run_code(
+        bare_python,
+        "import importlib, pkgutil, rillgate",
+        "modules = [m.name for m in pkgutil.walk_packages(rillgate.__path__, 'rillgate.')]",
+        "assert modules",
+        "[importlib.import_module(name) for name in modules if not name.endswith('__main__')]",
+    )
+
+
 def test_bare_install_holds_grpcio_and_protobuf_alone(bare_python: Path) -> None:
     """The bare install brings its two dependencies and what those need, no more."""
     listing = _run(bare_python, "-m", "pip", "list", "--format=freeze")
