@@ -1,0 +1,41 @@
+"""The step: schedule, execute, update, emit.
+
+Owns the order of the four and nothing else. Does not know threads, queues or callbacks (the
+engine loop does), nor what a plan means.
+"""
+
+from rillgate_server.core.clock import Clock
+from rillgate_server.core.step import StepOutput
+from rillgate_server.engine.executor import Executor
+from rillgate_server.errors import EngineFailure
+from rillgate_server.scheduler.scheduler import Scheduler
+
+
+class Engine:
+    """A scheduler and an executor, driven step by step on one thread."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Clock) -> None:
+        """Take all three; the engine loop calls the scheduler's commands itself."""
+        self.scheduler = scheduler
+        self._executor = executor
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"Engine({self.scheduler})"
+
+    def step(self) -> StepOutput | None:
+        """Run one step and return what it means for the requests; None when there is no work.
+
+        Raises whatever the executor raises; `Scheduler.fail_plan` then clears the step away.
+        """
+        plan = self.scheduler.schedule(self._clock.now())
+        if plan is None:
+            return self._without_plan()
+        result = self._executor.execute(plan)
+        return self.scheduler.update(result, self._clock.now())
+
+    def _without_plan(self) -> StepOutput | None:
+        output = self.scheduler.take_events()
+        if output is None and self.scheduler.has_work:
+            raise EngineFailure(f"requests wait and no step can be formed: {self.scheduler}")
+        return output

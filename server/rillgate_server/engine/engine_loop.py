@@ -1,0 +1,220 @@
+"""The engine's thread: commands in, events out, and what happens when a step raises.
+
+Owns the thread, the queue of commands and the answer to faults. Does not know streams, sockets or
+asyncio: `on_event` is called on this thread and must not block.
+
+    any thread ── submit, abort, drain, stop ──▶ SimpleQueue ──▶ engine thread: step, step, step
+                                                                       │
+                                              on_event(StepOutput | RequestRejected), on_fatal
+
+Idle, the thread waits on the queue; while there is work it empties the queue between two steps.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Thread, current_thread
+
+from rillgate_server.core.clock import Clock
+from rillgate_server.core.load import EngineLoad
+from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
+from rillgate_server.core.step import StepOutput
+from rillgate_server.engine.engine import Engine
+
+MAX_FAILED_STEPS = 3
+"""In a row; then the engine gives up: one fault may be a request's, three are the machine's."""
+
+_LOG = logging.getLogger(__name__)
+
+EngineEvent = StepOutput | RequestRejected
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: int
+    choice_indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Command = Request | _Abort | _Drain | _Stop
+
+
+class EngineLoop:
+    """Runs an engine on a thread of its own.
+
+    State, by thread:
+        engine      the engine and its scheduler, `_num_failed_steps`
+        any, locked `_load` (the latest snapshot), `_progress_s` (of the latest step, or when work
+                    came; None without work), `_is_closed` (no command will be read any more)
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock,
+        on_event: Callable[[EngineEvent], None],
+        on_fatal: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """Take the engine; nothing runs before `start`.
+
+        `on_fatal` is called once on the engine thread, after every request was failed, when the
+        loop gives up.
+        """
+        self._engine = engine
+        self._clock = clock
+        self._on_event = on_event
+        self._on_fatal = on_fatal
+        self._commands: SimpleQueue[_Command] = SimpleQueue()
+        self._num_failed_steps = 0
+        self._is_stopping = False
+        self._idle = Event()
+        self._idle.set()
+        self._lock = Lock()
+        self._is_closed = False
+        self._progress_s: float | None = None
+        self._load = engine.scheduler.load(clock.now())
+        self._thread = Thread(target=self._run, name="rillgate-engine", daemon=True)
+
+    def __repr__(self) -> str:
+        return f"EngineLoop(alive={self._thread.is_alive()}, closed={self._is_closed})"
+
+    # -- any thread -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Hand a request in; its events, or its rejection, come through `on_event`.
+
+        Once the loop has ended the rejection comes at once, on the caller's thread.
+        """
+        with self._lock:
+            if not self._is_closed:
+                self._idle.clear()
+                if self._progress_s is None:
+                    self._progress_s = self._clock.now()
+                self._commands.put(request)
+                return
+        self._on_event(_refused(request))
+
+    def abort(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
+        """End some choices of a request, or all; takes effect after the step under way."""
+        self._commands.put(_Abort(request_id, choice_indices))
+
+    def drain(self) -> None:
+        """Refuse new requests; `wait_idle` tells when the accepted ones are done."""
+        self._commands.put(_Drain())
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no request is left; return whether that was in time."""
+        return self._idle.wait(timeout_s)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End after the step under way and fail what is left; return whether it was in time."""
+        if not self._thread.is_alive():
+            return True
+        self._commands.put(_Stop())
+        if current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def load(self) -> EngineLoad:
+        """Return the load after the latest step, and how old that step is now."""
+        with self._lock:
+            load, progress_s = self._load, self._progress_s
+        age_s = 0.0 if progress_s is None else max(0.0, self._clock.now() - progress_s)
+        return replace(load, step_age_s=age_s)
+
+    # -- the engine thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._read_commands():
+                if self._engine.scheduler.has_work:
+                    self._step()
+                self._publish_load()
+        except Exception as error:  # the border of this thread: say so, never die in silence
+            _LOG.exception("the engine stops")
+            self._close("the engine failed")
+            if self._on_fatal is not None:
+                self._on_fatal(error)
+        else:
+            self._close("the engine was stopped")
+
+    def _read_commands(self) -> bool:
+        """Apply all commands there are, waiting for one without work; False: it is time to stop."""
+        try:
+            self._apply(self._commands.get(block=not self._engine.scheduler.has_work))
+            while not self._is_stopping:
+                self._apply(self._commands.get_nowait())
+        except Empty:
+            pass
+        return not self._is_stopping
+
+    def _apply(self, command: _Command) -> None:
+        match command:
+            case Request():
+                rejection = self._engine.scheduler.add(command, self._clock.now())
+                if rejection is not None:
+                    self._on_event(RequestRejected(command.request_id, rejection))
+            case _Abort():
+                self._engine.scheduler.abort(command.request_id, command.choice_indices)
+            case _Drain():
+                self._engine.scheduler.drain()
+            case _Stop():
+                self._is_stopping = True
+
+    def _step(self) -> None:
+        """Run one step; when it raises, its requests fail and the others go on."""
+        try:
+            output = self._engine.step()
+            self._num_failed_steps = 0
+        except Exception as error:  # the border of the step
+            _LOG.exception("a step failed")
+            self._num_failed_steps += 1
+            # The caller gets no text of the exception: it may name paths or hold a prompt.
+            message = f"the engine step failed ({type(error).__name__})"
+            output = self._engine.scheduler.fail_plan(message, self._clock.now())
+            if self._num_failed_steps >= MAX_FAILED_STEPS:
+                self._on_event(output)
+                raise
+        if output is not None:
+            self._on_event(output)
+
+    def _publish_load(self) -> None:
+        now = self._clock.now()
+        load = self._engine.scheduler.load(now)
+        with self._lock:
+            self._load = load
+            if self._engine.scheduler.has_work or not self._commands.empty():
+                self._progress_s = now
+            else:
+                self._progress_s = None
+                self._idle.set()
+
+    def _close(self, message: str) -> None:
+        """Answer everybody who waits, and whoever comes later."""
+        with self._lock:
+            self._is_closed = True
+        self._on_event(self._engine.scheduler.fail_all(message, self._clock.now()))
+        while not self._commands.empty():
+            command = self._commands.get_nowait()
+            if isinstance(command, Request):
+                self._on_event(_refused(command))
+        self._publish_load()
+
+
+def _refused(request: Request) -> RequestRejected:
+    rejection = Rejection(RejectReason.DRAINING, "the engine has stopped", retry_after_s=1.0)
+    return RequestRejected(request.request_id, rejection)

@@ -1,0 +1,130 @@
+"""One choice of a request while the scheduler has it, and what a request's choices share.
+
+Owns the states and the arithmetic of positions. Does not decide anything: the scheduler does.
+
+    WAITING ──▶ RUNNING ──▶ ENDED        HELD: waits until the first choice has computed the
+      ▲  ▲         │                     prompt, to start as a prefix hit
+      │  └─────────┘ preempted
+    HELD
+
+    token_ids    prompt ........ | given ........ | sampled here ......
+    positions    0 ............. num_computed ............. len(token_ids)
+                 | in the cache  | to compute (num_remaining) |
+"""
+
+from enum import Enum, auto
+
+from rillgate_server.core.request import ChoiceStart, Request
+from rillgate_server.core.step import ChoiceFinished, TokenLogprobs
+from rillgate_server.kvcache.manager import BlockTable
+
+
+class SequenceState(Enum):
+    """Where a choice is."""
+
+    HELD = auto()
+    WAITING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+class Sequence:
+    """The tokens, blocks and slot of one choice.
+
+    State: the fields; the scheduler alone changes them.
+    """
+
+    __slots__ = (
+        "choice_index",
+        "group",
+        "is_planned",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "order",
+        "slot",
+        "state",
+        "table",
+        "token_ids",
+    )
+
+    def __init__(self, group: "RequestGroup", choice: ChoiceStart, order: tuple[int, int]) -> None:
+        """Start without anything computed. `order`: (number of the request, of the choice)."""
+        request = group.request
+        self.group = group
+        self.choice_index = choice.index
+        self.order = order
+        self.token_ids = [*request.prompt_token_ids, *choice.generated_token_ids]
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_computed = 0
+        self.table = BlockTable(request.cache_salt)
+        self.slot = -1
+        """The worker's seat; -1 without one."""
+        self.state = SequenceState.HELD
+        self.is_planned = False
+        """Whether the open plan names its blocks."""
+        self.num_preemptions = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.group.request.request_id}/{self.choice_index}, {self.state.name}, "
+            f"tokens={len(self.token_ids)}, computed={self.num_computed}, slot={self.slot})"
+        )
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens that are not in the cache."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the choice from the original start."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_prompt_computed(self) -> bool:
+        """Whether later choices would find the prompt."""
+        return self.num_computed >= self.num_prompt_tokens
+
+    @property
+    def gathers_prompt_logprobs(self) -> bool:
+        """Whether its rows must give the prompt's log-probabilities."""
+        group = self.group
+        return group.prompt_logprobs is not None and group.leader is self
+
+
+class RequestGroup:
+    """A request and its choices that have not ended.
+
+    State: the fields. `leader` computes the prompt; the others are HELD until it has.
+    """
+
+    __slots__ = ("early_finished", "held", "is_started", "leader", "prompt_logprobs", "request",
+                 "sequences")  # fmt: skip
+
+    def __init__(self, request: Request) -> None:
+        """Start without choices."""
+        self.request = request
+        self.sequences: list[Sequence] = []
+        self.held: list[Sequence] = []
+        """In order; a part of `sequences`."""
+        self.leader: Sequence | None = None
+        self.is_started = False
+        """Whether one of its choices has left the queue."""
+        self.early_finished: list[ChoiceFinished] = []
+        """Choices whose given tokens had ended them; told when the request starts."""
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            None if request.sampling.num_prompt_logprobs is None else []
+        )
+        """What is gathered so far; None when nobody asked, or once they are told."""
+
+    def __repr__(self) -> str:
+        return f"RequestGroup({self.request.request_id}, {self.sequences})"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that came with it: the prompt once, and what is to be replayed."""
+        request = self.request
+        return len(request.prompt_token_ids) + sum(
+            len(choice.generated_token_ids) for choice in request.choices
+        )
