@@ -22,6 +22,7 @@ from rillgate_server.worker.network.transformers_network import (
     TransformersNetwork,
     layer_cache_shapes,
 )
+from rillgate_server.worker.packed_linear import pack_linear_layers
 
 _log = logging.getLogger(__name__)
 
@@ -75,8 +76,10 @@ class Worker:
         dtype = _resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        network = TransformersNetwork(load_network(model_dir, _DTYPES[dtype], on_progress))
-        shapes = layer_cache_shapes(network.model.config)
+        model = load_network(model_dir, _DTYPES[dtype], on_progress)
+        pack_linear_layers(model)
+        network = TransformersNetwork(model)
+        shapes = layer_cache_shapes(model.config)
         layout = KVLayout.build(options.block_size_tokens, dtype, shapes)
         return cls(network, replace(spec, dtype=dtype), layout)
 
