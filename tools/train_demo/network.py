@@ -1,6 +1,7 @@
 """The demo model's shape, and how it is written to and read from a folder.
 
-Owns the Qwen2 configuration and the files that transformers and Rillgate load. Knows nothing of tasks or training.
+Owns the Qwen2 configuration and the files that transformers and Rillgate load. Knows nothing of
+tasks or training.
 """
 
 from __future__ import annotations
@@ -9,8 +10,16 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizer import BOS, EOS, MAX_CONTEXT_TOKENS, PAD, build_tokenizer, save_tokenizer
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from tools.train_demo.tokenizer import (
+    BOS,
+    EOS,
+    MAX_CONTEXT_TOKENS,
+    PAD,
+    build_tokenizer,
+    save_tokenizer,
+)
 
 HIDDEN_SIZE = 192
 NUM_LAYERS = 6
@@ -59,7 +68,7 @@ def save_model(network: Qwen2ForCausalLM, folder: Path) -> None:
         do_sample=False,
     )
     exported.save_pretrained(folder)
-    # Older readers (and our own loader's tests) look for the flat key; newer ones read rope_parameters.
+    # Older readers look for the flat key; newer ones read rope_parameters.
     path = folder / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields.setdefault("rope_theta", 10000.0)

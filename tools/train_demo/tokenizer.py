@@ -1,8 +1,9 @@
 """Makes the demo model's tokenizer and chat template: one token for each byte, and R1's marks.
 
-Owns the vocabulary (fixed: the weights in models/demo depend on the order of the ids) and the template's text.
-Knows nothing of tasks, tensors or training. The shape follows DeepSeek-R1: special tokens with full-width bars,
-`<think>` and `</think>` as added tokens that decode as text, a generation prompt that opens the reasoning.
+Owns the vocabulary (fixed: the weights in models/demo depend on the order of the ids) and the
+template's text. Knows nothing of tasks, tensors or training. The shape follows DeepSeek-R1: special
+tokens with full-width bars, `<think>` and `</think>` as added tokens that decode as text, a
+generation prompt that opens the reasoning.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ END_OF_TURN = "<|EOT|>"
 THINK = "<think>"
 END_THINK = "</think>"
 
-# 256 bytes and these eight make 264, which divides by 8: the vocabulary splits evenly over 2, 4 or 8 ranks
-# and has no id that the tokenizer cannot decode. END_OF_TURN is there for that reason alone, as in R1 unused.
+# 256 bytes and these eight make 264, which divides by 8: the vocabulary splits evenly over 2, 4 or
+# 8 ranks and has no id that the tokenizer cannot decode. END_OF_TURN, as in R1, is unused; it is
+# there for that reason alone.
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, END_OF_TURN)
 PLAIN_ADDED_TOKENS = (THINK, END_THINK)
 
@@ -49,7 +51,8 @@ CHAT_TEMPLATE = """\
 {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
 {%- endif -%}
 {%- set state.previous = 'assistant' -%}
-{{- '<｜Assistant｜>' + message['content'].split('</think>')[-1].strip() + '<｜end▁of▁sentence｜>' -}}
+{%- set answer = message['content'].split('</think>')[-1].strip() -%}
+{{- '<｜Assistant｜>' + answer + '<｜end▁of▁sentence｜>' -}}
 {%- else -%}
 {{- raise_exception('Only the roles system, user and assistant are supported.') -}}
 {%- endif -%}
@@ -64,8 +67,12 @@ CHAT_TEMPLATE = """\
 
 
 def byte_symbols() -> list[str]:
-    """Return the 256 symbols of the byte-level alphabet, in the order of the bytes they stand for."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    """Return the 256 symbols of the byte-level alphabet, in the order of their bytes."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), 256),
+    ]
     symbols = {byte: chr(byte) for byte in printable}
     for byte in range(256):
         if byte not in symbols:
@@ -74,7 +81,7 @@ def byte_symbols() -> list[str]:
 
 
 def build_tokenizer() -> Tokenizer:
-    """Build the tokenizer: id b for byte b, then the special tokens, then `<think>` and `</think>`."""
+    """Build the tokenizer: id b for byte b, the special tokens, `<think>` and `</think>`."""
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
