@@ -1,12 +1,11 @@
 """Reasoning and answer against a split of the whole text, in any cut."""
 
-import re
-
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rillgate_server.gateway.text.reasoning import ReasoningSplitter, SplitText
+from tests.gateway.text.references import split_whole
 
 pieces_of_text = st.lists(
     st.one_of(
@@ -17,18 +16,6 @@ pieces_of_text = st.lists(
     ),
     max_size=10,
 )
-
-
-def split_whole(text: str, *, starts_in_reasoning: bool) -> SplitText:
-    """Split a whole text with one regular expression per tag."""
-    opening = re.match(r"\s*<think>", text)
-    if opening is None and not starts_in_reasoning:
-        return SplitText("", text)
-    rest = text[opening.end() if opening else 0 :]
-    reasoning, tag, answer = rest.partition("</think>")
-    if tag:
-        return SplitText(reasoning.strip("\n"), answer.lstrip("\n"))
-    return SplitText(reasoning.lstrip("\n"), "")
 
 
 def run(pieces: list[str], *, starts_in_reasoning: bool) -> SplitText:

@@ -60,12 +60,25 @@ class _NewDict:
         return dict(*args, **kwargs)
 
 
-def _new_namespace(**attributes: object) -> Namespace:
-    """`namespace` for templates; underscored names would reach Python's internals."""
-    for name in attributes:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-    return Namespace(**attributes)
+class _SafeNamespace(Namespace):
+    """`namespace` for templates, without the underscored names that reach Python's internals."""
+
+    def __init__(
+        *args: Any, **kwargs: Any
+    ) -> None:  # like its base, so that `self=` is a name, too
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:  # the template's own values
+        _check_attribute(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
 
 
 def _raise_exception(message: object) -> None:
@@ -96,7 +109,7 @@ def _new_environment() -> jinja2.Environment:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["dict"] = _NewDict()
-    environment.globals["namespace"] = _new_namespace
+    environment.globals["namespace"] = _SafeNamespace
     return environment
 
 

@@ -1,53 +1,24 @@
 """A checkpoint's text side: prompts to ids, ids to text, and how it likes to be sampled.
 
-Owns what is read of the checkpoint for it, and the choices between files. Does not know weights,
-requests or streams.
+Owns the putting together of a checkpoint's text files. Does not know weights, requests, streams.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from rillgate_server.errors import CheckpointError, InvalidRequest
+from rillgate_server.errors import InvalidRequest
 from rillgate_server.gateway.text.chat_template import ChatTemplate, ChatTurn
 from rillgate_server.gateway.text.detokenizer import decode
+from rillgate_server.gateway.text.generation_defaults import (
+    GENERATION_FILE,
+    GenerationDefaults,
+)
 from rillgate_server.gateway.text.reasoning import CLOSING_TAG, OPENING_TAG
 from rillgate_server.gateway.text.token_pieces import TokenPieces
 from rillgate_server.gateway.text.tokenizer import TextTokenizer, TokenizerFiles, read_json
 
 _TAIL_TOKENS = 32
 """Tokens at a prompt's end that are searched for a <think> that is spelt in several tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """A checkpoint's own sampling, for what a request leaves unset."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    @classmethod
-    def of(cls, config: Mapping[str, object]) -> "GenerationDefaults":
-        """Read generation_config.json's object; `do_sample` false means temperature 0.
-
-        Raises CheckpointError for a value that no request could ask for.
-        """
-        none = cls()
-        return cls(
-            temperature=0.0
-            if config.get("do_sample") is False
-            else _number(config, "temperature", none.temperature, (0.0, 100.0)),
-            top_p=_number(config, "top_p", none.top_p, (0.0, 1.0)),
-            top_k=int(_number(config, "top_k", none.top_k, (0, math.inf))),
-            min_p=_number(config, "min_p", none.min_p, (0.0, 1.0)),
-            repetition_penalty=_number(
-                config, "repetition_penalty", none.repetition_penalty, (0.0, 100.0)
-            ),
-        )
 
 
 class ModelText:
@@ -80,12 +51,10 @@ class ModelText:
         if files.chat_template is not None:
             template = ChatTemplate(files.chat_template, tokenizer.special_tokens)
         vocab_size = read_json(model_dir / "config.json").get("vocab_size")
-        return cls(
-            tokenizer,
-            template,
-            GenerationDefaults.of(read_json(model_dir / "generation_config.json")),
-            vocab_size if isinstance(vocab_size, int) else tokenizer.vocab_size,
-        )
+        if not isinstance(vocab_size, int):
+            vocab_size = tokenizer.vocab_size
+        defaults = GenerationDefaults.of(read_json(model_dir / GENERATION_FILE), vocab_size)
+        return cls(tokenizer, template, defaults, vocab_size)
 
     @property
     def tokenizer_digest(self) -> str:
@@ -159,22 +128,3 @@ class ModelText:
             if token_id == self._closing_id or token_id in self._silent_ids:
                 return False
         return False
-
-
-def _number(
-    config: Mapping[str, object], name: str, default: float, limits: tuple[float, float]
-) -> float:
-    """Return a number of the config, or the default where it is missing or null."""
-    value = config.get(name)
-    if value is None:
-        return default
-    lowest, highest = limits
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not lowest <= value <= highest
-    ):
-        raise CheckpointError(
-            f"generation_config.json: {name} is {value!r}; allowed: {lowest} to {highest}"
-        )
-    return value
