@@ -114,7 +114,7 @@ class Trainer:
 
     def _fraction_done(self) -> float:
         by_time = self.progress.wall_s / (60 * self.arguments.minutes)
-        return max(by_time, self.progress.steps / self.arguments.steps)
+        return float(max(by_time, self.progress.steps / self.arguments.steps))
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Learn from one batch; return its loss per learned token."""
