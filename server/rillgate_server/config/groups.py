@@ -135,6 +135,18 @@ class ReplicaConfig:
         _check("replica.drain_grace_s", self.drain_grace_s, 0, 86400)
 
 
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What the processes write to stderr."""
+
+    level: str = "warning"
+    """The least that is written: debug, info (adds a line per call), warning or error."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of its range."""
+        _check_choice("log.level", self.level, ("debug", "info", "warning", "error"))
+
+
 def _check(field: str, value: float, lowest: float, highest: float) -> None:
     # Also refuses NaN, which no comparison holds for.
     if not lowest <= value <= highest:

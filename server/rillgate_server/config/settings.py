@@ -26,6 +26,7 @@ from rillgate_server.config.groups import (
     BatcherConfig,
     CacheConfig,
     GatewayConfig,
+    LogConfig,
     ModelConfig,
     ReplicaConfig,
 )
@@ -55,6 +56,8 @@ class Settings(BaseSettings):
     """The public door."""
     replica: ReplicaConfig = ReplicaConfig()
     """The replica's process."""
+    log: LogConfig = LogConfig()
+    """What is written to stderr."""
 
     @classmethod
     def settings_customise_sources(

@@ -56,13 +56,10 @@ class TextFormatter(logging.Formatter):
         return line
 
 
-def configure_logging(*, verbose: bool = False) -> None:
-    """Send this process's log to stderr: text on a terminal, JSON elsewhere.
-
-    The access log is at INFO and so shows with `verbose` alone; warnings always show.
-    """
+def configure_logging(level: str) -> None:
+    """Send this process's log to stderr: text on a terminal, JSON lines elsewhere."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter() if sys.stderr.isatty() else JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.INFO if verbose else logging.WARNING)
+    root.setLevel(level.upper())

@@ -1,0 +1,179 @@
+"""The commands `serve`, `replica` and (for the supervisor alone) `gateway`.
+
+Owns the flags and the exit codes. What a command runs is imported when it is chosen: the gateway
+must never load torch, and `--help` should not wait for anything.
+
+Exit codes: 0 stopped as asked, 2 the operator can mend it (said in one line), 1 a bug or a crash.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+from rillgate_server.cli.model_source import resolve_model
+from rillgate_server.config.settings import Settings, load_settings
+from rillgate_server.core.checkpoint import read_model_spec
+from rillgate_server.errors import ConfigError, RillgateError
+
+EXIT_OPERATOR = 2
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """A command, and the function `(settings, model_dir) -> exit code` that it runs."""
+
+    module: str
+    function: str
+    needs_socket: bool = False
+
+    def __call__(self, args: argparse.Namespace) -> int:
+        """Read the settings, find the model, run."""
+        try:
+            settings, model_dir = _prepare(args)
+            if self.needs_socket and not settings.replica.socket:
+                raise ConfigError("replica.socket is empty; allowed: a path (--socket PATH)")
+            run: Callable[[Settings, Path], int] = getattr(
+                importlib.import_module(self.module), self.function
+            )
+            return run(settings, model_dir)
+        except RillgateError as error:
+            print(f"rillgate: {error}", file=sys.stderr, flush=True)
+            return EXIT_OPERATOR
+        except KeyboardInterrupt:
+            return 130
+
+
+def add_commands(subparsers: Subparsers) -> None:
+    """Add the server's commands to a parser's subcommands."""
+    serve = subparsers.add_parser(
+        "serve",
+        help="start a server: one gateway and one replica",
+        description="Serves a model over gRPC until SIGTERM or Ctrl-C. Without flags: the bundled "
+        "model on 127.0.0.1:50051.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_listen(serve)
+    _add_model(serve)
+    _add_common(serve)
+    serve.set_defaults(
+        run=_Command("rillgate_server.replica.supervisor", "run_supervisor"),
+    )
+    replica = subparsers.add_parser(
+        "replica",
+        help="start one replica by itself",
+        description="Runs a model behind a Unix socket that a gateway connects to.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_socket(replica)
+    _add_model(replica)
+    _add_common(replica)
+    replica.set_defaults(
+        run=_Command("rillgate_server.replica.process", "run_replica", needs_socket=True)
+    )
+    # Without `help`, so that it is not listed: the supervisor starts it.
+    gateway = subparsers.add_parser(
+        "gateway", description="Runs the public services over the replica behind a Unix socket."
+    )
+    _add_listen(gateway)
+    _add_socket(gateway)
+    _add_model(gateway)
+    _add_common(gateway)
+    gateway.set_defaults(
+        run=_Command("rillgate_server.gateway.process", "run_gateway", needs_socket=True)
+    )
+
+
+_EPILOG = """settings, the later winning:
+  FILE ([group] field = value)  <  RILLGATE_GROUP__FIELD  <  flags
+  groups: model, batcher, cache, gateway, replica, log (docs/configuration.md)
+
+examples:
+  rillgate serve
+  rillgate serve --listen 0.0.0.0:50051 --model ~/models/DeepSeek-R1-Distill-Qwen-1.5B
+  rillgate serve --set batcher.max_running=128 --set cache.memory_bytes=8589934592"""
+
+
+def _add_listen(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help="where callers connect (127.0.0.1:50051); port 0 takes a free one",
+    )
+
+
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--socket", metavar="PATH", help="the replica's Unix socket")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a checkpoint's directory, or a hub id such as owner/name (the bundled model)",
+    )
+    parser.add_argument("--model-name", metavar="NAME", help="what callers ask for (DIR's name)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        help="of weights and computation (auto: the checkpoint's own)",
+    )
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", type=Path, help="settings in TOML")
+    parser.add_argument(
+        "--set",
+        metavar="GROUP.FIELD=VALUE",
+        action="append",
+        default=[],
+        dest="assignments",
+        help="any other setting; may be repeated",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="write a line per call to stderr (log.level=info)"
+    )
+
+
+_FLAGS = {
+    # flag's attribute -> (group, field)
+    "listen": ("gateway", "listen"),
+    "socket": ("replica", "socket"),
+    "model": ("model", "path"),
+    "model_name": ("model", "name"),
+    "dtype": ("model", "dtype"),
+}
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
+    """Read the settings and find the checkpoint, which must be whole."""
+    settings = load_settings(args.config, _overrides(args))
+    model_dir, name = resolve_model(settings.model)
+    read_model_spec(model_dir, name, needs_tokenizer=True)
+    model = replace(settings.model, path=str(model_dir), name=name)
+    return settings.model_copy(update={"model": model}), model_dir
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Turn flags into group -> field -> text."""
+    found: dict[str, dict[str, str]] = {}
+    for assignment in args.assignments:
+        path, equals, value = assignment.partition("=")
+        group, dot, field = path.partition(".")
+        if not (equals and dot):
+            raise ConfigError(f"--set is {assignment!r}; allowed: GROUP.FIELD=VALUE")
+        found.setdefault(group, {})[field] = value
+    if args.verbose:
+        found.setdefault("log", {})["level"] = "info"
+    for attribute, (group, field) in _FLAGS.items():
+        value = getattr(args, attribute, None)
+        if value is not None:
+            found.setdefault(group, {})[field] = value
+    return found
