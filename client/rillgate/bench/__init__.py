@@ -1,0 +1,1 @@
+"""The load generator behind `rillgate bench`; benchmarks of the project import it too."""
