@@ -140,7 +140,7 @@ class InputBatch:
 
     def _check(self, row: RowPlan, state: SlotState, end: int) -> None:
         """Refuse a row that names what is not there: a wrong plan must not read others' memory."""
-        if row.num_tokens < 1 or end > len(state.token_ids):
+        if row.start < 0 or row.num_tokens < 1 or end > len(state.token_ids):
             raise EngineFailure(
                 f"slot {row.slot} was asked for positions {row.start} to {end}, "
                 f"it has {len(state.token_ids)} tokens"

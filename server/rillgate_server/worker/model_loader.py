@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -86,7 +87,7 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{model_dir} is quantised ({method}); supported: plain weights")
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (StrictDataclassError, ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{model_dir / 'config.json'} is refused: {error}") from error
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE:

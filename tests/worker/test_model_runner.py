@@ -1,0 +1,131 @@
+"""A step's results: prompt log-probabilities across chunk borders, failed rows, odd plans."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rillgate_server.core.sampling_params import SamplingParams
+from rillgate_server.core.step import RowPlan, SlotStart, StepPlan
+from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.support.equality import full_row, mixed_prompts
+from tests.support.planner import Job, Planner
+from tests.support.reference import load_reference
+from tests.worker.conftest import NUM_BLOCKS, MakeCheckpoint, load_worker
+
+GREEDY = SamplingParams(seed=0, temperature=0.0)
+POISON = 13
+"""A token whose embedding is NaN in the poisoned checkpoint."""
+
+NEVER_POISON = SamplingParams(seed=0, temperature=0.0, logit_bias=((POISON, -100.0),))
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a checkpoint with one token that breaks whoever has it in the context."""
+    path = make_checkpoint(tmp_path_factory.mktemp("poisoned") / "model", "llama")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][POISON] = torch.nan
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
+def test_prompt_logprobs_are_those_of_the_whole_prompt(
+    chunk: int, checkpoint: MakeCheckpoint
+) -> None:
+    """One entry per prompt token from the second on, whatever the chunks' borders."""
+    prompt = mixed_prompts()[7]
+    sampling = SamplingParams(seed=0, temperature=0.0, num_prompt_logprobs=VOCAB_SIZE)
+    asking = Job(prompt, 3, sampling, wants_prompt_logprobs=True)
+    neighbour = Job(prompt[:30], 9, GREEDY)
+    Planner(NUM_BLOCKS, 4, step_tokens=1100, chunk=chunk).run(
+        load_worker(checkpoint("llama")), [neighbour, asking]
+    )
+    with torch.inference_mode():
+        logits = load_reference(checkpoint("llama"))(torch.tensor([prompt])).logits[0]
+    expected = torch.log_softmax(logits, dim=-1)
+    assert [entry.token_id for entry in asking.prompt_logprobs] == prompt[1:]
+    for position, entry in enumerate(asking.prompt_logprobs):
+        assert entry.logprob == pytest.approx(
+            float(expected[position, prompt[position + 1]]), abs=2e-4
+        )
+        assert (full_row(entry) - expected[position]).abs().max() < 2e-4
+    assert neighbour.prompt_logprobs == []
+
+
+def test_prompt_logprobs_of_a_replayed_request_end_with_its_prompt(
+    checkpoint: MakeCheckpoint,
+) -> None:
+    """Given tokens are no prompt tokens."""
+    sampling = SamplingParams(seed=0, temperature=0.0, num_prompt_logprobs=2)
+    job = Job(mixed_prompts()[5], 9, sampling, given=(3, 4, 5), wants_prompt_logprobs=True)
+    Planner(NUM_BLOCKS, 4, step_tokens=100, chunk=8).run(load_worker(checkpoint("llama")), [job])
+    assert [entry.token_id for entry in job.prompt_logprobs] == list(job.prompt[1:])
+
+
+def test_a_row_without_a_finite_logit_fails_alone(poisoned: Path) -> None:
+    """Its request ends with a message; neighbours' tokens are what they are without it."""
+    prompts = [[token for token in prompt if token != POISON] for prompt in mixed_prompts()]
+    alone = [Job(prompt, 8, NEVER_POISON) for prompt in prompts]
+    Planner(NUM_BLOCKS, 4, step_tokens=64, chunk=20).run(load_worker(poisoned), alone)
+    together = [Job(prompt, 8, NEVER_POISON) for prompt in prompts]
+    broken = Job([1, 2, POISON, 3, 4, 5, 6, 7, 8, 9], 8, GREEDY)
+    jobs = [*together[:6], broken, *together[6:]]
+    Planner(NUM_BLOCKS, 4, step_tokens=64, chunk=20).run(load_worker(poisoned), jobs)
+    assert broken.failure == "the model gave a NaN or no finite logit"
+    assert broken.tokens == []
+    assert [job.failure for job in together] == [None] * len(together)
+    assert [job.tokens for job in together] == [job.tokens for job in alone]
+
+
+def test_blocks_of_a_failed_request_are_safe_to_use_again(poisoned: Path) -> None:
+    """Its NaN values lie behind the next holder's tokens, masked but multiplied: they must go."""
+    good = [3, 1, 4, 1, 5]
+    fresh = Job(good, 10, NEVER_POISON)
+    Planner(8, 4, step_tokens=64, chunk=64).run(load_worker(poisoned), [fresh])
+    worker = load_worker(poisoned)
+    broken = Job([POISON] * 30, 5, GREEDY)
+    later = Job(good, 10, NEVER_POISON, starts_at_step=1)
+    Planner(8, 4, step_tokens=64, chunk=64).run(worker, [broken, later])
+    assert broken.failure
+    assert later.failure is None
+    assert later.tokens == fresh.tokens
+
+
+def test_a_plan_without_rows_only_ends_slots(checkpoint: MakeCheckpoint) -> None:
+    """Its result is empty, and the seat is free."""
+    worker = load_worker(checkpoint("llama"))
+    start = SlotStart(0, (1, 2, 3), 3, (0,), GREEDY, 0)
+    first = worker.execute(StepPlan(0, (start,), (RowPlan(0, 0, 3),)))
+    assert len(first.token_ids) == 1
+    empty = worker.execute(StepPlan(1, (), (), ended_slots=(0,)))
+    assert (empty.step_id, empty.token_ids, empty.failed_rows) == (1, (), ())
+    again = worker.execute(StepPlan(2, (start,), (RowPlan(0, 0, 3),)))
+    assert again.token_ids == first.token_ids
+
+
+def test_rows_that_do_not_sample_give_no_tokens(checkpoint: MakeCheckpoint) -> None:
+    """One entry per sampling row, in the plan's order; times are measured."""
+    worker = load_worker(checkpoint("llama"))
+    starts = tuple(SlotStart(i, (1, 2, 3, 4 + i), 4, (i,), GREEDY, 0) for i in range(3))
+    rows = (RowPlan(2, 0, 4), RowPlan(0, 0, 2, samples=False), RowPlan(1, 0, 4))
+    result = worker.execute(StepPlan(0, starts, rows))
+    assert [len(ids) for ids in result.token_ids] == [1, 1]
+    assert result.times.model_s > 0
+    assert result.logprobs == ()
+    none = worker.execute(StepPlan(1, (), (RowPlan(0, 2, 1, samples=False),)))
+    assert none.token_ids == ()
+
+
+def test_a_plan_may_follow_before_the_result_of_the_one_before(checkpoint: MakeCheckpoint) -> None:
+    """Plans name positions, not tokens: written ahead, they give what plans made in time give."""
+    prompt = mixed_prompts()[3]
+    job = Job(prompt, 6, GREEDY)
+    Planner(NUM_BLOCKS, 4, step_tokens=64, chunk=64).run(load_worker(checkpoint("qwen2")), [job])
+    ahead = load_worker(checkpoint("qwen2"))
+    start = SlotStart(0, tuple(prompt), len(prompt), (0, 1, 2), GREEDY, 0)
+    plans = [StepPlan(0, (start,), (RowPlan(0, 0, len(prompt)),))]
+    plans += [StepPlan(i, (), (RowPlan(0, len(prompt) + i - 1, 1),)) for i in range(1, 6)]
+    assert [ahead.execute(plan).token_ids[0][0] for plan in plans] == job.tokens
