@@ -120,7 +120,7 @@ async def serving(service: EngineService, socket: Path) -> AsyncIterator[grpc.ai
 
 def make_service(**options: object) -> EngineService:
     """Build a service for SPEC; the caller attaches an engine."""
-    return EngineService(SPEC, WELCOME, SystemClock(), **options)  # type: ignore[arg-type]
+    return EngineService(SPEC.eos_token_ids, WELCOME, SystemClock(), **options)  # type: ignore[arg-type]
 
 
 def make_submission(*prompt: int, **fields: object) -> Submission:

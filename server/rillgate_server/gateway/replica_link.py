@@ -229,6 +229,8 @@ class ReplicaLink:
                 except NoReplica as error:
                     self._why_not = str(error)
                 was_connected = self.is_ready
+                if was_connected:
+                    _log.warning("lost the replica at %s: %s", self.address, self._why_not)
                 self._disconnect()
                 retry_s = FIRST_RETRY_S if was_connected else min(2 * retry_s, LONGEST_RETRY_S)
                 await asyncio.sleep(retry_s)
@@ -237,8 +239,6 @@ class ReplicaLink:
             self._disconnect()
 
     def _disconnect(self) -> None:
-        if self.is_ready:
-            _log.warning("lost the replica at %s: %s", self.address, self._why_not)
         self._commands = None
         self._ready.clear()
         self.load = None

@@ -18,7 +18,6 @@ import grpc
 from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
 from rillgate_server.core.clock import Clock
 from rillgate_server.core.load import EngineLoad
-from rillgate_server.core.model_spec import ModelSpec
 from rillgate_server.core.pending_output import entries_of
 from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
 from rillgate_server.core.step import StepOutput
@@ -41,8 +40,6 @@ _log = logging.getLogger(__name__)
 
 LOAD_INTERVAL_S = 0.2
 """Between two Loads (contracts, section 2)."""
-DRAINING_RETRY_S = 1.0
-"""After which a restarted replica may be there."""
 
 EngineEventHandler = Callable[[StepOutput | RequestRejected], None]
 
@@ -75,14 +72,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
     def __init__(
         self,
-        spec: ModelSpec,
+        eos_token_ids: tuple[int, ...],
         welcome: Welcome,
         clock: Clock,
         max_buffered_tokens: int = MAX_BUFFERED_TOKENS,
         load_interval_s: float = LOAD_INTERVAL_S,
     ) -> None:
-        """Serve the model of `spec` once `attach` has given an engine."""
-        self._spec = spec
+        """Serve once `attach` has given an engine; `eos_token_ids` are the model's own."""
+        self._eos_token_ids = eos_token_ids
         self._welcome = welcome
         self._clock = clock
         self._max_buffered_tokens = max_buffered_tokens
@@ -204,15 +201,12 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             request = Rejection(
                 RejectReason.INVALID, f"request_key is {key}; allowed: a key not used before"
             )
-        elif self._is_draining:
-            request = Rejection(
-                RejectReason.DRAINING,
-                "this replica is going down",
-                retry_after_s=DRAINING_RETRY_S,
-            )
         else:
             request = to_request(
-                submission_from_wire(submit), next(self._request_ids), self._spec, self._clock.now()
+                submission_from_wire(submit),
+                next(self._request_ids),
+                self._eos_token_ids,
+                self._clock.now(),
             )
         if isinstance(request, Rejection):
             stream.add_rejected(RequestRejected(key, request))

@@ -25,4 +25,4 @@ class RestartPolicy:
         """Return how long to wait before the next start; None: give up."""
         if quick_crashes >= self.max_quick_crashes:
             return None
-        return min(self.first_delay_s * 2 ** max(0, quick_crashes - 1), self.longest_delay_s)
+        return min(self.first_delay_s * 2.0 ** max(0, quick_crashes - 1), self.longest_delay_s)

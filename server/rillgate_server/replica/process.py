@@ -1,0 +1,68 @@
+"""A replica's process: load the model, size its cache, serve it.
+
+Does not know who started it (a supervisor or a person).
+"""
+
+import logging
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rillgate_server.config.settings import Settings
+from rillgate_server.errors import ConfigError
+from rillgate_server.replica.cache_size import CacheDemand, choose_num_blocks
+from rillgate_server.replica.progress import loading_progress
+from rillgate_server.replica.serving import serve_engine
+from rillgate_server.worker.host_memory import available_bytes
+from rillgate_server.worker.worker import Worker, WorkerOptions
+
+_log = logging.getLogger(__name__)
+
+
+def run_replica(settings: Settings, model_dir: Path) -> int:
+    """Serve the checkpoint of `model_dir` until SIGTERM or SIGINT; return the exit code.
+
+    Raises ConfigError, CheckpointError or OutOfMemory when it cannot start.
+    """
+    if not settings.replica.socket:
+        raise ConfigError("replica.socket is empty; allowed: the path of a Unix socket")
+    worker = _load_worker(settings, model_dir)
+    num_blocks = _allocate_cache(settings, worker)
+    spec = replace(worker.spec, name=settings.model.name or worker.spec.name)
+    return serve_engine(settings, spec, num_blocks, worker)
+
+
+def _load_worker(settings: Settings, model_dir: Path) -> Worker:
+    started_s = time.monotonic()
+    options = WorkerOptions(
+        dtype=settings.model.dtype,
+        num_threads=settings.replica.num_threads or len(os.sched_getaffinity(0)),
+        block_size_tokens=settings.cache.block_size_tokens,
+    )
+    with loading_progress(sys.stderr) as on_progress:
+        worker = Worker.load(model_dir, options, on_progress)
+    _log.info("loaded %s in %.1f s", model_dir, time.monotonic() - started_s)
+    return worker
+
+
+def _allocate_cache(settings: Settings, worker: Worker) -> int:
+    num_blocks = choose_num_blocks(
+        settings.cache.memory_bytes,
+        available_bytes(),
+        worker.layout.block_bytes,
+        CacheDemand(
+            worker.spec.max_context_tokens,
+            settings.batcher.max_running,
+            settings.cache.block_size_tokens,
+        ),
+    )
+    worker.allocate_cache(num_blocks)
+    _log.info(
+        "the cache has %d blocks of %d tokens, %.1f MiB",
+        num_blocks,
+        settings.cache.block_size_tokens,
+        num_blocks * worker.layout.block_bytes / 2**20,
+    )
+    return num_blocks
