@@ -122,6 +122,8 @@ class EngineLoop:
 
     def stop(self, timeout_s: float) -> bool:
         """End after the step under way and fail what is left; return whether it was in time."""
+        if self._thread.ident is None:
+            self._close("the engine was never started")
         if not self._thread.is_alive():
             return True
         self._commands.put(_Stop())
@@ -146,9 +148,11 @@ class EngineLoop:
                 self._publish_load()
         except Exception as error:  # the border of this thread: say so, never die in silence
             _LOG.exception("the engine stops")
-            self._close("the engine failed")
-            if self._on_fatal is not None:
-                self._on_fatal(error)
+            try:
+                self._close("the engine failed")
+            finally:
+                if self._on_fatal is not None:
+                    self._on_fatal(error)
         else:
             self._close("the engine was stopped")
 
@@ -207,7 +211,8 @@ class EngineLoop:
         """Answer everybody who waits, and whoever comes later."""
         with self._lock:
             self._is_closed = True
-        self._on_event(self._engine.scheduler.fail_all(message, self._clock.now()))
+        if self._engine.scheduler.has_work:
+            self._on_event(self._engine.scheduler.fail_all(message, self._clock.now()))
         while not self._commands.empty():
             command = self._commands.get_nowait()
             if isinstance(command, Request):

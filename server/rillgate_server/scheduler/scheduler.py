@@ -123,11 +123,16 @@ class Scheduler:
         request may have ended a moment ago.
         """
         group = self._groups.get(request_id)
-        if group is None:
-            return
-        for sequence in tuple(group.sequences):
-            if not choice_indices or sequence.choice_index in choice_indices:
-                self._end(sequence)
+        if group is not None:
+            group.early_finished = [
+                finished
+                for finished in group.early_finished
+                if choice_indices and finished.choice_index not in choice_indices
+            ]
+            for sequence in tuple(group.sequences):
+                if not choice_indices or sequence.choice_index in choice_indices:
+                    self._end(sequence)
+        self._events.forget(request_id, choice_indices)
 
     def drain(self) -> None:
         """Refuse new requests; those that were accepted run to their end."""
@@ -157,13 +162,13 @@ class Scheduler:
         opened = self._open
         assert opened is not None, "no plan is open"
         _check_result(opened, result)
-        self._open = None
         self._batch.plan_done(opened.sequences)
         failed = {row.slot: row.message for row in result.failed_rows}
         for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True):
             if row.slot in failed and sequence.state is SequenceState.RUNNING:
                 self._fail(sequence.group, failed[row.slot])
         self._apply_rows(opened, result)
+        self._open = None  # last: whatever raises above, `fail_plan` still knows whom it concerns
         self._progress_s = now
         self._rates.step_done(
             opened.num_prefill_tokens, opened.num_decode_rows, now - opened.began_s
@@ -196,6 +201,7 @@ class Scheduler:
         """Report the load. Costs O(running)."""
         pool = self._batch.cache.pool
         running = self._batch.sequences
+        num_prefilling_tokens = sum(s.num_remaining for s in running if s.num_remaining > 1)
         return EngineLoad(
             step_id=self._former.step_id,
             step_age_s=max(0.0, now - self._progress_s) if self._groups else 0.0,
@@ -203,7 +209,7 @@ class Scheduler:
             num_running=len(running),
             num_waiting=self._num_choices - len(running),
             num_running_tokens=sum(sequence.num_computed for sequence in running),
-            num_waiting_tokens=self._queue.num_tokens,
+            num_waiting_tokens=self._queue.num_tokens + num_prefilling_tokens,
             device=TierLoad(pool.num_blocks, pool.num_free, pool.num_used, pool.num_cached),
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             decode_step_s=self._rates.decode_step_s,
@@ -290,6 +296,7 @@ class Scheduler:
         """End a request by a fault; nothing follows for any of its choices."""
         self._events.failed.append(RequestFailed(group.request.request_id, message))
         group.held.clear()
+        group.early_finished.clear()
         for sequence in tuple(group.sequences):
             self._end(sequence)
 
@@ -312,7 +319,10 @@ class Scheduler:
 
     def _close(self, group: RequestGroup) -> None:
         if not group.is_started:
-            self._admission.left(group)
+            if group.early_finished:  # the others were aborted; these are still to be told
+                self._note_started(group, 0, self._progress_s)
+            else:
+                self._admission.left(group)
         del self._groups[group.request.request_id]
 
     def _slot_wait_s(self) -> float:

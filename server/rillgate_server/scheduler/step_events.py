@@ -37,6 +37,20 @@ class StepEvents:
             f"finished={len(self.finished)}, failed={len(self.failed)})"
         )
 
+    def forget(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
+        """Drop what was to be told of an aborted request, or of some of its choices."""
+
+        def is_kept(event: ChoiceTokens | ChoiceFinished) -> bool:
+            return event.request_id != request_id or (
+                bool(choice_indices) and event.choice_index not in choice_indices
+            )
+
+        self.tokens = [event for event in self.tokens if is_kept(event)]
+        self.finished = [event for event in self.finished if is_kept(event)]
+        if not choice_indices:
+            self.started = [event for event in self.started if event.request_id != request_id]
+            self.prompt_logprobs = [e for e in self.prompt_logprobs if e.request_id != request_id]
+
     def take(self, step_id: int) -> StepOutput:
         """Return everything gathered, and start anew."""
         output = StepOutput(
