@@ -80,6 +80,21 @@ def test_bare_install_owns_the_command(bare_python: Path) -> None:
         assert command in text
 
 
+def test_bare_install_says_what_the_server_needs(bare_python: Path) -> None:
+    """`rillgate serve` in the bare install names the extra that it lacks, in one line."""
+    outcome = subprocess.run(
+        [str(bare_python.with_name("rillgate")), "serve"],
+        cwd="/",
+        env=_clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 2
+    assert "rillgate[server]" in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+
+
 def test_wheel_carries_the_three_packages_and_their_type_markers(wheel: Path) -> None:
     """The wheel holds our three import packages with their markers and protos, and nothing else."""
     names = zipfile.ZipFile(wheel).namelist()
