@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from rillgate_server.core.pending_output import (
     MAX_TAKEN_PROMPT_POSITIONS,
     PendingOutput,
+    StepEntry,
     entries_of,
 )
 from rillgate_server.core.request import FinishReason
@@ -58,7 +59,7 @@ def test_any_taking_gives_every_token_once_and_in_order(
 def test_the_entries_come_in_the_promised_order() -> None:
     """For one request: started, its prompt, tokens, the end."""
     pending = PendingOutput()
-    entries = [
+    entries: list[StepEntry] = [
         RequestStarted(1, 0.0, 0),
         PromptLogprobs(1, ()),
         ChoiceTokens(1, 0, 0, (5,)),

@@ -15,9 +15,8 @@ from rillgate_proto.v1 import engine_pb2_grpc
 from rillgate_server.core.clock import SystemClock
 from rillgate_server.core.load import EngineLoad
 from rillgate_server.core.model_spec import ModelSpec
-from rillgate_server.core.request import Request, RequestRejected
+from rillgate_server.core.request import Request
 from rillgate_server.core.sampling_params import SamplingParams
-from rillgate_server.core.step import ChoiceTokens, StepOutput
 from rillgate_server.core.submission import Submission
 from rillgate_server.core.welcome import Welcome
 from rillgate_server.gateway.replica_link import Event, ReplicaStream
@@ -134,11 +133,6 @@ def make_submission(*prompt: int, **fields: object) -> Submission:
     return Submission(**(values | fields))  # type: ignore[arg-type]
 
 
-def tokens_step(step_id: int, *entries: ChoiceTokens) -> StepOutput:
-    """Build a step that gave tokens alone."""
-    return StepOutput(step_id=step_id, tokens=entries)
-
-
 async def next_events(stream: ReplicaStream) -> list[Event]:
     """Read, within the deadline."""
     async with asyncio.timeout(DEADLINE_S):
@@ -153,7 +147,6 @@ async def read_all(stream: ReplicaStream) -> list[Event]:
     return events
 
 
-def played(service: EngineService, *events: StepOutput | RequestRejected) -> None:
-    """Let the engine say `events`, each a step of its own."""
-    for event in events:
-        service.on_event(event)
+async def wait_for(task: "asyncio.Task[None]") -> None:
+    """Wait within the deadline."""
+    await asyncio.wait_for(task, DEADLINE_S)

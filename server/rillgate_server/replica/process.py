@@ -15,6 +15,7 @@ from rillgate_server.errors import ConfigError
 from rillgate_server.replica.cache_size import CacheDemand, choose_num_blocks
 from rillgate_server.replica.progress import loading_progress
 from rillgate_server.replica.serving import serve_engine
+from rillgate_server.service.log_events import configure_logging
 from rillgate_server.worker.host_memory import available_bytes
 from rillgate_server.worker.worker import Worker, WorkerOptions
 
@@ -26,6 +27,7 @@ def run_replica(settings: Settings, model_dir: Path) -> int:
 
     Raises ConfigError, CheckpointError or OutOfMemory when it cannot start.
     """
+    configure_logging(settings.log.level)
     if not settings.replica.socket:
         raise ConfigError("replica.socket is empty; allowed: the path of a Unix socket")
     worker = _load_worker(settings, model_dir)
