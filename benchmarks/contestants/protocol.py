@@ -29,6 +29,7 @@ class Contestant:
 
     def __init__(self, module: str, arguments: Sequence[str]) -> None:
         """Start `python -m module arguments` and wait until it is ready."""
+        self._module = module
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
@@ -54,6 +55,6 @@ class Contestant:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
+            raise RuntimeError(f"{self._module} ended with {self._process.wait()}")
         message: Message = json.loads(line)
         return message

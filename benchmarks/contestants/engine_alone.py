@@ -1,0 +1,87 @@
+"""Rillgate's engine without gRPC, gateway or text: what the whole path is measured against."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.contestants.protocol import Message, serve
+from rillgate_server.config.groups import BatcherConfig, CacheConfig
+from rillgate_server.core.clock import SystemClock
+from rillgate_server.core.request import ChoiceStart, Request
+from rillgate_server.core.sampling_params import SamplingParams
+from rillgate_server.core.step import StepPlan, StepResult
+from rillgate_server.engine.engine import Engine
+from rillgate_server.scheduler.scheduler import Scheduler
+from rillgate_server.worker.worker import Worker, WorkerOptions
+
+_NUM_BLOCKS = 2048
+
+
+class _TimedWorker:
+    """Passes plans on and notes how long each took, by kind."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.decode_s: list[float] = []
+        """Steps in which every row has one token."""
+        self.prefill_s = 0.0
+        self.num_prefill_tokens = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        begin = time.perf_counter()
+        result = self._worker.execute(plan)
+        seconds = time.perf_counter() - begin
+        num_tokens = sum(row.num_tokens for row in plan.rows)
+        if num_tokens == len(plan.rows):
+            self.decode_s.append(seconds)
+        else:
+            self.prefill_s += seconds
+            self.num_prefill_tokens += num_tokens
+        return result
+
+
+class EngineContestant:
+    """One worker, loaded once; a fresh scheduler and an empty cache per question."""
+
+    def __init__(self, model_dir: str) -> None:
+        """Load the checkpoint and allocate the cache."""
+        self._worker = Worker.load(Path(model_dir), WorkerOptions(num_threads=2))
+        self._worker.allocate_cache(_NUM_BLOCKS)
+
+    def answer(self, request: Message) -> Message:
+        """Run all prompts at once through the engine."""
+        prompts: Sequence[Sequence[int]] = request["prompts"]
+        worker = _TimedWorker(self._worker)
+        scheduler = Scheduler(
+            BatcherConfig(), CacheConfig(prefix_caching=False), self._worker.spec, _NUM_BLOCKS
+        )
+        engine = Engine(scheduler, worker, SystemClock())
+        begin = time.perf_counter()
+        for i, prompt in enumerate(prompts):
+            rejection = scheduler.add(
+                Request(
+                    request_id=i,
+                    prompt_token_ids=tuple(prompt),
+                    choices=(ChoiceStart(0),),
+                    sampling=SamplingParams(seed=0, temperature=0.0),
+                    max_tokens=request["num_output_tokens"],
+                ),
+                begin,
+            )
+            assert rejection is None, rejection
+        num_output_tokens = 0
+        while scheduler.has_work:
+            output = engine.step()
+            if output is not None:
+                num_output_tokens += sum(len(entry.token_ids) for entry in output.tokens)
+        return {
+            "seconds": time.perf_counter() - begin,
+            "num_output_tokens": num_output_tokens,
+            "decode_step_s": sorted(worker.decode_s)[len(worker.decode_s) // 2],
+            "prefill_tokens_per_s": worker.num_prefill_tokens / worker.prefill_s,
+        }
+
+
+if __name__ == "__main__":
+    serve(EngineContestant(sys.argv[1]).answer)

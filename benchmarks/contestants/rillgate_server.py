@@ -1,0 +1,135 @@
+"""Rillgate as its users run it: `rillgate serve` in processes of its own, called over gRPC."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+import psutil
+
+from benchmarks.contestants.protocol import Message
+from rillgate import AsyncClient
+from rillgate.types import Usage
+
+_SAMPLE_PERIOD_S = 0.05
+_CACHE_BYTES = 512 << 20
+
+
+class RillgateContestant:
+    """A running server, and the memory of its replica."""
+
+    def __init__(self, model_dir: str) -> None:
+        """Name the checkpoint; `with` starts and stops the server."""
+        self._model_dir = model_dir
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._target = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._peak_bytes: list[int] = [0]
+        self._stop = threading.Event()
+
+    def __enter__(self) -> "RillgateContestant":
+        """Start the server and wait until it takes requests."""
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "rillgate_server.cli", "serve"),
+                *("--listen", self._target, "--model", self._model_dir),
+                *("--cache-memory-bytes", str(_CACHE_BYTES)),
+            ],
+            stdout=sys.stderr,
+        )
+        with grpc.insecure_channel(self._target) as channel:
+            grpc.channel_ready_future(channel).result(timeout=120)
+        self._sampler = threading.Thread(target=self._sample_memory)
+        self._sampler.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the server."""
+        self._stop.set()
+        self._sampler.join()
+        self._process.terminate()
+        self._process.wait(timeout=30)
+
+    async def ask(self, prompts: Sequence[Sequence[int]], num_output_tokens: int) -> Message:
+        """Send all prompts at once; count the tokens that arrive, by their ids."""
+        async with AsyncClient(self._target) as client:
+            await client.models()  # connects before the clock runs
+            begin = time.perf_counter()
+            received = await asyncio.gather(
+                *(_receive(client, prompt, num_output_tokens) for prompt in prompts)
+            )
+            seconds = time.perf_counter() - begin
+        return {
+            "seconds": seconds,
+            "num_output_tokens": sum(one.num_tokens for one in received),
+            "ttft_s": sorted(one.ttft_s for one in received)[len(received) // 2],
+            "cached_tokens": sum(one.usage.cached_tokens for one in received),
+            "preemptions": sum(one.usage.num_preemptions for one in received),
+        }
+
+    def memory_row(self) -> Message:
+        """Say what the replica took at most, beside what it was given."""
+        weights = sum(path.stat().st_size for path in Path(self._model_dir).glob("*.safetensors"))
+        return {
+            "contestant": "rillgate replica memory",
+            "peak_anonymous_mb": round(max(self._peak_bytes) / 1e6, 1),
+            "weights_mb": round(weights / 1e6, 1),
+            "cache_mb": round(_CACHE_BYTES / 1e6, 1),
+            "beyond_weights_and_cache_mb": round(
+                (max(self._peak_bytes) - weights - _CACHE_BYTES) / 1e6, 1
+            ),
+            "samples": [max(self._peak_bytes)],
+        }
+
+    def _sample_memory(self) -> None:
+        """Note RssAnon + RssShmem of the largest child until told to stop."""
+        while not self._stop.wait(_SAMPLE_PERIOD_S):
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                self._peak_bytes[0] = max(self._peak_bytes[0], _anonymous_bytes(child.pid))
+
+
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """One stream, as the client saw it."""
+
+    num_tokens: int
+    ttft_s: float
+    """Seconds until its first token."""
+    usage: Usage
+
+
+async def _receive(client: AsyncClient, prompt: Sequence[int], num_output_tokens: int) -> _Received:
+    """Read one stream to its end."""
+    begin = time.perf_counter()
+    num_tokens, ttft_s, usage = 0, 0.0, None
+    stream = client.stream(
+        list(prompt), max_tokens=num_output_tokens, ignore_eos=True, temperature=0.0
+    )
+    async for chunk in stream:
+        if chunk.token_ids and not num_tokens:
+            ttft_s = time.perf_counter() - begin
+        num_tokens += len(chunk.token_ids)
+        usage = chunk.usage or usage
+    assert usage is not None, "a stream without an end"
+    return _Received(num_tokens, ttft_s, usage)
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # it ended between the listing and the reading
+    fields = dict(line.split(":", 1) for line in lines)
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
