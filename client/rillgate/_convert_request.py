@@ -107,7 +107,7 @@ def _field(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # UnicodeEncodeError is one
-        violation = FieldViolation(name, str(error))
+        violation = FieldViolation(name, f"cannot be sent: {error}")
         raise InvalidRequestError(str(violation), (violation,)) from error
 
 

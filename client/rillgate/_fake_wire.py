@@ -164,8 +164,7 @@ def encode_details(
         delay.FromMicroseconds(round(retry_after_s * 1e6))
         details.append(("RetryInfo", _field(1, delay.SerializeToString())))
     if request_id:
-        entry = _text(1, "request_id") + _text(2, request_id)
-        details.append(("ErrorInfo", _field(3, entry)))
+        details.append(("RequestInfo", _text(1, request_id)))
     number: int = code.value[0]
     status = Int32Value(value=number).SerializeToString() + _text(2, message)
     for name, value in details:

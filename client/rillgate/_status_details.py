@@ -1,6 +1,6 @@
 """Reads `grpc-status-details-bin`: google.rpc.Status with the details that Rillgate sends.
 
-Owns the field numbers of the four messages (google/rpc/{status,error_details}.proto). Deliberately
+Owns the field numbers of the messages (google/rpc/{status,error_details}.proto). Deliberately
 without googleapis-common-protos, which a client would need for this alone, and without generated
 copies of those files: two packages that register google/rpc/status.proto cannot live in one
 process. Protobuf itself reads the wire: a message without fields keeps everything as unknown.
@@ -23,8 +23,7 @@ _PREFIX = "google.rpc."
 _STATUS_DETAILS = 3
 _ANY_TYPE_URL, _ANY_VALUE = 1, 2
 _RETRY_INFO_DELAY = 1
-_ERROR_INFO_REASON, _ERROR_INFO_METADATA = 1, 3
-_MAP_KEY, _MAP_VALUE = 1, 2
+_REQUEST_INFO_ID = 1
 _BAD_REQUEST_VIOLATIONS = 1
 _VIOLATION_FIELD, _VIOLATION_DESCRIPTION = 1, 2
 
@@ -35,7 +34,6 @@ class StatusDetails:
 
     violations: tuple[FieldViolation, ...] = ()
     retry_after_s: float | None = None
-    reason: str = ""
     request_id: str = ""
 
 
@@ -46,7 +44,7 @@ def parse_status_details(data: bytes) -> StatusDetails:
     """
     violations: tuple[FieldViolation, ...] = ()
     retry_after_s: float | None = None
-    reason = request_id = ""
+    request_id = ""
     try:
         for name, value in _details(data):
             if name == "BadRequest":
@@ -54,16 +52,11 @@ def parse_status_details(data: bytes) -> StatusDetails:
             elif name == "RetryInfo":
                 for delay in _submessages(value, _RETRY_INFO_DELAY):
                     retry_after_s = Duration.FromString(delay).ToMicroseconds() / 1e6
-            elif name == "ErrorInfo":
-                reason = _text(value, _ERROR_INFO_REASON)
-                metadata = {
-                    _text(entry, _MAP_KEY): _text(entry, _MAP_VALUE)
-                    for entry in _submessages(value, _ERROR_INFO_METADATA)
-                }
-                request_id = metadata.get("request_id", "")
+            elif name == "RequestInfo":
+                request_id = _text(value, _REQUEST_INFO_ID)
     except DecodeError:
         pass
-    return StatusDetails(violations, retry_after_s, reason, request_id)
+    return StatusDetails(violations, retry_after_s, request_id)
 
 
 def _details(status: bytes) -> Iterator[tuple[str, bytes]]:

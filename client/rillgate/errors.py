@@ -13,11 +13,11 @@ class FieldViolation:
     field: str
     """Path of the field, `sampling.temperature`."""
     description: str
-    """The value, and what is allowed."""
+    """The value, and what is allowed: `is 200; allowed: 0 to 100`."""
 
     def __str__(self) -> str:
-        """Say field and limit in one line."""
-        return f"{self.field}: {self.description}" if self.field else self.description
+        """Say field, value and limit in one line."""
+        return f"{self.field} {self.description}"
 
 
 class RillgateError(Exception):

@@ -1,19 +1,29 @@
-"""Draws a benchmark's rows. Imported only when a plot is asked for: it needs matplotlib.
+"""Draws a benchmark's rows; the only place that needs matplotlib.
 
 Owns the picture. Knows nothing of how the numbers came about.
 """
 
+import importlib
 import io
 from collections.abc import Sequence
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from rillgate.bench.summary import Percentiles, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def check_matplotlib() -> None:
+    """Raise ImportError where nothing can be drawn, before anything is measured."""
+    importlib.import_module("matplotlib.figure")
 
 
 def draw_png(rows: Sequence[Row], x_label: str) -> bytes:
     """Draw throughput and both latencies over the load."""
+    # Not at the top: the base install has no matplotlib, and with it importing takes half a second.
+    from matplotlib.figure import Figure  # noqa: PLC0415 - optional and slow
+
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     throughput, ttft, tpot = figure.subplots(1, 3)
     labels = [row.label for row in rows]
@@ -32,7 +42,7 @@ def draw_png(rows: Sequence[Row], x_label: str) -> bytes:
     return png.getvalue()
 
 
-def _draw_tails(axes: Axes, labels: Sequence[str], values: Sequence[Percentiles]) -> None:
+def _draw_tails(axes: "Axes", labels: Sequence[str], values: Sequence[Percentiles]) -> None:
     for name, numbers in (
         ("median", [value.median for value in values]),
         ("p90", [value.p90 for value in values]),

@@ -6,16 +6,16 @@ this server has not seen before, unless a dataset is given.
 
 import argparse
 import asyncio
-import importlib
 import json
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rillgate._channel import plan_channel
 from rillgate._progress import progress_bar
 from rillgate.bench.measure import Sample, Series, measure
+from rillgate.bench.plot import check_matplotlib, draw_png
 from rillgate.bench.report import HEADERS, cells, to_json
 from rillgate.bench.summary import Row, summarize
 from rillgate.bench.workload import (
@@ -82,7 +82,11 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def run(args: argparse.Namespace) -> int:
     """Run every series, then report."""
-    save_plot = _load_plot() if args.plot is not None else None
+    if args.plot is not None:
+        try:
+            check_matplotlib()
+        except ImportError as error:
+            raise UsageError(f"--plot needs matplotlib: {error}") from error
     source = _Source(args, _find_model(args))
     loads = args.request_rate or args.concurrency
     _measure(args, source.requests(args.warmup, "warmup"), args.warmup, None, "warm-up")
@@ -96,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         report = to_json(source.settings(), results)
         _write(args.json, (json.dumps(report, indent=1) + "\n").encode())
-    if save_plot is not None:
-        _write(args.plot, save_plot(rows, "requests/s" if args.request_rate else "concurrency"))
+    if args.plot is not None:
+        _write(args.plot, draw_png(rows, "requests/s" if args.request_rate else "concurrency"))
     return 1 if any(row.num_failed for row in rows) else 0
 
 
@@ -180,16 +184,6 @@ def _find_model(args: argparse.Namespace) -> ModelInfo:
         if model.name == name:
             return model
     raise UsageError(f"no model {name!r}; served: {', '.join(model.name for model in models)}")
-
-
-def _load_plot() -> Callable[[Sequence[Row], str], bytes]:
-    """Import the drawing before anything is measured: without matplotlib it fails at once."""
-    try:
-        module = importlib.import_module("rillgate.bench.plot")
-    except ImportError as error:
-        raise UsageError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
-    draw: Callable[[Sequence[Row], str], bytes] = module.draw_png
-    return draw
 
 
 def _write(path: Path, data: bytes) -> None:
