@@ -1,8 +1,8 @@
 """A whole server in the test's process: gateway, Unix socket, engine loop; a fake executor below.
 
 The tokenizer and the chat template are the bundled model's, the tokens a hash of their context, so
-every answer can be said beforehand. `Pace` holds the engine between two steps, so that a test decides
-what has happened when it acts.
+every answer can be said beforehand. `Pace` holds the engine between two steps, so that a test
+decides what has happened when it acts.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from rillgate_server.config.settings import bundled_model_dir
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.clock import SystemClock
 from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import RowPlan, StepPlan
 from rillgate_server.core.welcome import Welcome
 from rillgate_server.engine.engine import Engine
@@ -251,6 +252,15 @@ async def read(call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateRe
     """Read a stream to its end; raises what it ends with."""
     async with asyncio.timeout(PATIENCE_S):
         return Answer([message async for message in call])
+
+
+def expected_tokens(stack: Stack, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """Say what the fake engine answers greedily."""
+    context = list(prompt)
+    for _ in range(num_tokens):
+        model = stack.replica.executor.model
+        context.append(model.next_token(context, len(prompt), SamplingParams(0, 0.0), 0))
+    return context[len(prompt) :]
 
 
 async def generate(stack: Stack, message: pb.GenerateRequest) -> Answer:

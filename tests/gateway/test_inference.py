@@ -6,8 +6,14 @@ from collections.abc import AsyncIterator
 import pytest
 
 from rillgate_proto.v1 import inference_pb2 as pb
-from rillgate_server.core.sampling_params import SamplingParams
-from tests.gateway.stack import Stack, generate, request, running_stack, served_model
+from tests.gateway.stack import (
+    Stack,
+    expected_tokens,
+    generate,
+    request,
+    running_stack,
+    served_model,
+)
 
 
 @pytest.fixture
@@ -15,15 +21,6 @@ async def stack() -> AsyncIterator[Stack]:
     """A server for one test."""
     async with running_stack() as it:
         yield it
-
-
-def expected_tokens(stack: Stack, prompt: list[int], num_tokens: int) -> list[int]:
-    """Say what the fake engine answers greedily."""
-    context = list(prompt)
-    for _ in range(num_tokens):
-        model = stack.replica.executor.model
-        context.append(model.next_token(context, len(prompt), SamplingParams(0, 0.0), 0))
-    return context[len(prompt) :]
 
 
 async def test_generate_streams_the_engines_tokens_and_their_text(stack: Stack) -> None:
