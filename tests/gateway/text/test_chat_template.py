@@ -1,5 +1,7 @@
 """Rendered conversations against what transformers renders, and what a sandbox must refuse."""
 
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import jinja2
@@ -98,7 +100,7 @@ MISTRAL_LIKE = """{{ bos_token }}
 FEATURES = """{% macro say(who, what='-') %}<{{ who }}: {{ what }}>{% endmacro %}
   {# a comment #}
 {% set box = namespace(count=0) %}
-{% set pairs = dict(a=1) %}
+{% set pairs = dict(a=1) %}{{ dict.fromkeys('ab', 2) }}
   {% for message in messages %}
     {% if message.content == 'skip' %}{% continue %}{% endif %}
     {% set box.count = box.count + 1 %}
@@ -167,12 +169,23 @@ def test_a_conversation_renders_as_transformers_renders_it(
         assert template.render(turns, NOON_MS) == expected
 
 
+@pytest.fixture
+def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Move this machine 14 hours east of Greenwich."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "EAST-14")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_east")
 def test_the_date_is_the_requests_own_in_utc() -> None:
     """A continuation on another day, or in another time zone, renders the same prompt."""
     template = ChatTemplate(LLAMA3_LIKE, SPECIAL_TOKENS)
     turns = [ChatTurn("user", "hi")]
     assert "Today Date: 05 Mar 2026" in template.render(turns, NOON_MS)
-    assert "Today Date: 01 Jan 1970" in template.render(turns, 0)
+    assert "Today Date: 01 Jan 1970" in template.render(turns, 12 * 3600 * 1000)
 
 
 def test_a_refusal_has_the_templates_own_words() -> None:

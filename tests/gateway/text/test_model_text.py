@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -67,6 +69,13 @@ def test_a_chat_without_a_template_says_what_to_use_instead(copied_demo: Path) -
         match=r"chat is 4 messages; allowed: prompt or token_ids \(this checkpoint has no chat",
     ):
         model_text.encode_chat(CONVERSATION, template_time_ms=0)
+
+
+def test_a_chat_that_is_no_unicode_is_refused() -> None:
+    """In a content, and in a role."""
+    for turn in (ChatTurn("user", "\ud800"), ChatTurn("\ud800", "a")):
+        with pytest.raises(InvalidRequest, match=r"chat\.messages"):
+            load(DEMO).encode_chat([turn], template_time_ms=0)
 
 
 def test_a_chat_that_renders_to_nothing_is_refused(copied_demo: Path) -> None:
@@ -143,3 +152,15 @@ def test_the_bundled_model_is_greedy_by_default() -> None:
     assert load(DEMO).generation_defaults.temperature == 0.0
     assert load(DEMO).vocab_size == 264
     assert len(load(DEMO).tokenizer_digest) == 64
+
+
+def test_the_text_side_brings_neither_torch_nor_transformers() -> None:
+    """Not even through what it imports: the gateway is small and starts at once."""
+    code = (
+        "import sys, rillgate_server.gateway.text.model_text as _\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert outcome.stdout.strip() == "[]"

@@ -101,6 +101,7 @@ def test_a_match_that_completes_unarmed_is_text(
     matcher = StopMatcher(StopAutomaton(stop_strings))
     first = matcher.push(unarmed, is_armed=False)
     assert first.stop_string is None
+    assert first.text == unarmed[: len(unarmed) - longest_possible_beginning(unarmed, stop_strings)]
     second = matcher.push(armed)
     text = first.text + second.text
     if second.stop_string is None:

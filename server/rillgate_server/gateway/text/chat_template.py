@@ -59,6 +59,10 @@ class _NewDict:
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:  # the template's own values
         return dict(*args, **kwargs)
 
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """Return a dict of these keys."""
+        return dict.fromkeys(*args)
+
 
 class _SafeNamespace(Namespace):
     """`namespace` for templates, without the underscored names that reach Python's internals."""
@@ -167,7 +171,7 @@ def _check_turns(turns: Sequence[ChatTurn]) -> None:
     if not 1 <= len(turns) <= MAX_MESSAGES:
         raise InvalidRequest.of(_FIELD, f"{len(turns)} messages", f"1 to {MAX_MESSAGES} messages")
     for index, turn in enumerate(turns):
-        num_bytes = len(turn.role.encode())
+        num_bytes = len(turn.role.encode(errors="surrogatepass"))
         if not 1 <= num_bytes <= MAX_ROLE_BYTES:
             raise InvalidRequest.of(
                 f"{_FIELD}[{index}].role", f"{num_bytes} bytes", f"1 to {MAX_ROLE_BYTES} bytes"

@@ -94,7 +94,7 @@ class ModelText:
                 "prompt or token_ids (this checkpoint has no chat template)",
             )
         text = self._chat_template.render(messages, template_time_ms)
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = self._tokenizer.encode(text, add_special_tokens=False, field="chat.messages")
         if not ids:
             raise InvalidRequest.of(
                 "chat.messages", "rendered to nothing", "messages of at least one token"

@@ -98,16 +98,17 @@ class TextTokenizer:
         token_id: int | None = self._tokenizer.token_to_id(token)
         return token_id
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, field: str = "prompt") -> list[int]:
         """Return the ids of a text. Releases the interpreter lock while it works.
 
-        Raises InvalidRequest for text that is no Unicode (lone surrogates).
+        Raises InvalidRequest, for the request's `field`, for text that is no Unicode (lone
+        surrogates).
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest.of(
-                "prompt", f"text with {error.reason} at character {error.start}", "Unicode text"
+                field, f"text with {error.reason} at character {error.start}", "Unicode text"
             ) from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
