@@ -185,7 +185,9 @@ def test_metaspace_follows_the_library(scheme: str) -> None:
     """The first token that says anything loses its ▁, unless the scheme is `never`."""
     tokens = {0: "▁a", 1: "▁", 2: "b▁c", 3: "▁▁d"}
     unigram = {"type": "Unigram", "unk_id": 0, "vocab": [[token, 0.0] for token in tokens.values()]}
-    decoder = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True}
+    shout = {"type": "Replace", "pattern": {"String": "d"}, "content": "D!"}
+    decoder = {"type": "Sequence", "decoders": [metaspace, shout]}
     tokenizer = Tokenizer.from_str(
         json.dumps({"version": "1.0", "added_tokens": [], "model": unigram, "decoder": decoder})
     )

@@ -60,7 +60,7 @@ class TokenPieces:
         for token_id, token in tokens.items():
             pieces[token_id] = plan.piece(token)
             if plan.first_drops is not None and plan.first_drops in token:
-                first_pieces[token_id] = token.replace(plan.first_drops, "").encode()
+                first_pieces[token_id] = plan.piece(token.replace(plan.first_drops, ""))
         return cls(tuple(pieces), first_pieces, plan.num_stripped_spaces)
 
 
