@@ -29,7 +29,7 @@ from tests.support.equality import (
 )
 from tests.support.planner import Executes, Job, Planner
 from tests.support.reference import Reference, generate, load_reference
-from tests.worker.conftest import (
+from tests.support.worker_fixtures import (
     BLOCK_SIZE,
     NUM_BLOCKS,
     MakeCheckpoint,

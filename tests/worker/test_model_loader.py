@@ -18,7 +18,7 @@ from rillgate_server.errors import CheckpointError, ConfigError, OutOfMemory, Ri
 from rillgate_server.worker.model_loader import load_network
 from rillgate_server.worker.worker import Worker, WorkerOptions
 from tests.support.checkpoints import VOCAB_SIZE, edit_config, make_checkpoint
-from tests.worker.conftest import MakeCheckpoint
+from tests.support.worker_fixtures import MakeCheckpoint
 
 Spoil = Callable[[Path], None]
 

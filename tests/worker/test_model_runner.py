@@ -12,7 +12,7 @@ from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.support.equality import full_row, mixed_prompts
 from tests.support.planner import Job, Planner
 from tests.support.reference import load_reference
-from tests.worker.conftest import NUM_BLOCKS, MakeCheckpoint, load_worker
+from tests.support.worker_fixtures import NUM_BLOCKS, MakeCheckpoint, load_worker
 
 GREEDY = SamplingParams(seed=0, temperature=0.0)
 POISON = 13

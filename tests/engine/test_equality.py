@@ -1,0 +1,267 @@
+"""The whole engine over a real worker generates exactly what transformers' `generate` gives.
+
+Small budgets and a small cache, so that chunking, preemption and prefix hits really happen; the
+planner-driven tests of the worker show that the comparison can fail.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from rillgate_server.config.groups import BatcherConfig, CacheConfig
+from rillgate_server.core.clock import VirtualClock
+from rillgate_server.core.request import ChoiceStart, Request
+from rillgate_server.core.sampling_params import SamplingParams
+from rillgate_server.core.step import StepOutput, StepPlan, StepResult, TokenLogprobs
+from rillgate_server.engine.engine import Engine
+from rillgate_server.engine.executor import Executor
+from rillgate_server.scheduler.scheduler import Scheduler
+from tests.support.checkpoints import KINDS
+from tests.support.equality import NUM_TOKENS, first_difference, mixed_prompts
+from tests.support.reference import Reference
+from tests.support.worker_fixtures import (
+    BLOCK_SIZE,
+    MakeCheckpoint,
+    MakeReference,
+    load_worker,
+)
+
+NUM_BLOCKS = 60
+"""The mixed batch needs 170 without sharing: choices are preempted and come back."""
+MAX_LOGPROB_ERROR = 2e-4
+
+Fault = Callable[[StepPlan], StepPlan]
+
+BATCHER = BatcherConfig(max_step_tokens=24, max_prefill_chunk_tokens=13, max_running=8)
+CACHE = CacheConfig(block_size_tokens=BLOCK_SIZE)
+
+
+class Recorder:
+    """An executor that keeps the plans it passes on."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.plans: list[StepPlan] = []
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Pass a plan on."""
+        self.plans.append(plan)
+        return self._executor.execute(plan)
+
+
+class Spoiler:
+    """An executor that gets spoiled plans."""
+
+    def __init__(self, executor: Executor, fault: Fault) -> None:
+        self._executor = executor
+        self._fault = fault
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Spoil a plan and pass it on."""
+        return self._executor.execute(self._fault(plan))
+
+
+@dataclass
+class Got:
+    """What came for one choice."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Run:
+    """An engine with its requests' answers."""
+
+    def __init__(self, executor: Executor, scheduler: Scheduler) -> None:
+        self.recorder = Recorder(executor)
+        self.scheduler = scheduler
+        self.clock = VirtualClock()
+        self.engine = Engine(scheduler, self.recorder, self.clock)
+        self.got: dict[tuple[int, int], Got] = {}  # (request, choice) -> answer
+
+    def add(self, request: Request) -> None:
+        """Hand a request in."""
+        assert self.scheduler.add(request, self.clock.now()) is None
+        for choice in request.choices:
+            self.got[request.request_id, choice.index] = Got(list(choice.generated_token_ids))
+
+    def step(self) -> None:
+        """Run one step and check the books."""
+        self.clock.advance(0.01)
+        self._take(self.engine.step())
+        self.scheduler.check_integrity()
+
+    def finish(self) -> None:
+        """Run until all is done."""
+        for _ in range(10_000):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError("the engine does not come to an end")
+
+    def _take(self, output: StepOutput | None) -> None:
+        if output is None:
+            return
+        assert not output.failed
+        for tokens in output.tokens:
+            got = self.got[tokens.request_id, tokens.choice_index]
+            assert tokens.token_offset == len(got.tokens)
+            got.tokens.extend(tokens.token_ids)
+            got.logprobs.extend(tokens.logprobs)
+
+
+def greedy_request(
+    request_id: int, prompt: Sequence[int], choices: tuple[ChoiceStart, ...] = (ChoiceStart(0),)
+) -> Request:
+    """Ask for NUM_TOKENS tokens, whatever they are."""
+    sampling = SamplingParams(seed=request_id, temperature=0.0, num_logprobs=20)
+    return Request(request_id, tuple(prompt), choices, sampling, NUM_TOKENS)
+
+
+def make_run(
+    checkpoint: MakeCheckpoint, kind: str, num_blocks: int = NUM_BLOCKS, fault: Fault | None = None
+) -> Run:
+    """Build an engine over a real worker; `fault` spoils plans on their way to it."""
+    worker = load_worker(checkpoint(kind), num_blocks=num_blocks)
+    scheduler = Scheduler(BATCHER, CACHE, worker.spec, num_blocks)
+    return Run(worker if fault is None else Spoiler(worker, fault), scheduler)
+
+
+def differences(run: Run, got: Sequence[Got], expected: Sequence[Reference]) -> list[int]:
+    """List the indices of prompts whose tokens are wrong."""
+    next_id = 10_000
+
+    def rerun(prompt: Sequence[int], given: Sequence[int]) -> list[int]:
+        nonlocal next_id
+        next_id += 1
+        run.add(greedy_request(next_id, prompt, (ChoiceStart(0, tuple(given)),)))
+        run.finish()
+        return run.got[next_id, 0].tokens
+
+    return [
+        i
+        for i, (prompt, answer, reference) in enumerate(
+            zip(mixed_prompts(), got, expected, strict=True)
+        )
+        if first_difference(prompt, answer.tokens, reference, rerun) is not None
+    ]
+
+
+def worst_logprob_error(got: Got, reference: Reference) -> float:
+    """Compare the returned alternatives with the reference's logits."""
+    expected = reference.logits.log_softmax(dim=-1)
+    return max(
+        abs(logprob - float(expected[i, token]))
+        for i, entry in enumerate(got.logprobs)
+        for token, logprob in entry.top
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_batch_through_the_engine_gets_the_tokens_of_generate(
+    kind: str, checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """Twelve requests arrive one per step, in chunks, with preemption and prefix hits."""
+    _, expected = reference(kind)
+    run = make_run(checkpoint, kind)
+    for i, prompt in enumerate(mixed_prompts()):
+        run.add(greedy_request(i, prompt))
+        run.step()
+    run.finish()
+    load = run.scheduler.load(run.clock.now())
+    assert load.num_preemptions > 0
+    assert load.num_cached_tokens > 0
+    assert load.device.num_blocks_used == 0
+    mixed = [
+        plan
+        for plan in run.recorder.plans
+        if any(row.num_tokens > 1 for row in plan.rows)
+        and any(row.num_tokens == 1 for row in plan.rows)
+    ]
+    assert len(mixed) > 10
+    assert any(not row.samples for plan in mixed for row in plan.rows)
+    got = [run.got[i, 0] for i in range(len(expected))]
+    assert differences(run, got, expected) == []
+    pairs = zip(got, expected, strict=True)
+    errors = [worst_logprob_error(g, e) for g, e in pairs if g.tokens == e.tokens]
+    assert len(errors) > 10
+    assert max(errors) < MAX_LOGPROB_ERROR
+
+
+def stale_cached_block(plan: StepPlan) -> StepPlan:
+    """Put the block before it in the place of the last block of each prefix hit."""
+    hits = {row.slot: row.start // BLOCK_SIZE for row in plan.rows}
+    starts = []
+    for start in plan.starts:
+        num, table = hits[start.slot], start.block_table
+        if num > 1:
+            table = (*table[: num - 1], table[num - 2], *table[num:])
+        starts.append(replace(start, block_table=table))
+    return replace(plan, starts=tuple(starts))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stale_block_is_seen_through_the_engine(
+    kind: str, checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """The comparison above turns red when prefix hits end with a wrong block."""
+    _, expected = reference(kind)
+    run = make_run(checkpoint, kind, fault=stale_cached_block)
+    for i, prompt in enumerate(mixed_prompts()):
+        run.add(greedy_request(i, prompt))
+        run.step()
+    run.finish()
+    assert differences(run, [run.got[i, 0] for i in range(len(expected))], expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "deepseek_v3"])
+def test_the_same_prompts_again_hit_the_cache_and_get_the_same_tokens(
+    kind: str, checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """A warm cache changes nothing but the work."""
+    _, expected = reference(kind)
+    run = make_run(checkpoint, kind, num_blocks=400)
+    for i, prompt in enumerate(mixed_prompts()):
+        run.add(greedy_request(i, prompt))
+    run.finish()
+    before = run.scheduler.load(run.clock.now()).num_cached_tokens
+    for i, prompt in enumerate(mixed_prompts()):
+        run.add(greedy_request(100 + i, prompt))
+    run.finish()
+    hit = run.scheduler.load(run.clock.now()).num_cached_tokens - before
+    assert hit > sum(map(len, mixed_prompts())) * 0.7
+    for first_id in (0, 100):
+        got = [run.got[first_id + i, 0] for i in range(len(expected))]
+        assert differences(run, got, expected) == []
+
+
+def test_a_continuation_through_the_engine_goes_on_where_it_stopped(
+    checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """Given tokens are replayed, only new ones come, and they are generate's."""
+    _, expected = reference("qwen3")
+    run = make_run(checkpoint, "qwen3")
+    cuts = [1, 5, 19, 10]
+    for i, cut in enumerate(cuts):
+        given = ChoiceStart(0, tuple(expected[i + 4].tokens[:cut]))
+        run.add(greedy_request(i, mixed_prompts()[i + 4], (given,)))
+    run.finish()
+    for i, cut in enumerate(cuts):
+        assert run.got[i, 0].tokens == expected[i + 4].tokens
+        assert len(run.got[i, 0].logprobs) == NUM_TOKENS - cut
+
+
+def test_choices_share_their_prompt_and_each_gets_the_greedy_answer(
+    checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """At temperature 0 all choices say the same, and the prompt is computed about once."""
+    _, expected = reference("llama")
+    run = make_run(checkpoint, "llama", num_blocks=400)
+    prompt = mixed_prompts()[7]
+    run.add(greedy_request(0, prompt, tuple(ChoiceStart(i) for i in range(4))))
+    run.finish()
+    for i in range(4):
+        assert run.got[0, i].tokens == expected[7].tokens
+    computed = sum(row.num_tokens for plan in run.recorder.plans for row in plan.rows)
+    assert computed < 1.5 * len(prompt) + 4 * NUM_TOKENS
