@@ -71,8 +71,8 @@ class Gateway:
         await self._server.start()
         self._health_feeder = asyncio.create_task(self._feed_health())
 
-    async def wait_ready(self, timeout_s: float) -> None:
-        """Wait for the replica; raises NoReplica after `timeout_s`."""
+    async def wait_ready(self, timeout_s: float | None) -> None:
+        """Wait for the replica; raises NoReplica after `timeout_s`, if there is one."""
         await self._link.wait_ready(timeout_s)
 
     async def drain(self) -> None:
@@ -123,7 +123,7 @@ class _Refusal:
 
 
 def run_gateway(settings: Settings, model_dir: Path) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code. Says READY on stdout when it listens."""
+    """Serve until SIGTERM or SIGINT; return the exit code. Says READY once it can answer."""
     configure_logging(settings.log.level)
     spec = read_model_spec(model_dir, settings.model.name or None, needs_tokenizer=True)
     model = ServedModel(spec, ModelText.load(model_dir))
@@ -139,10 +139,17 @@ async def _serve(config: GatewayConfig, model: ServedModel, replica_address: str
         loop.add_signal_handler(number, stopping.set)
     gateway = Gateway(config, model, replica_address, SystemClock())
     await gateway.start()
+    saying = asyncio.create_task(_say_ready(gateway))
     try:
-        print(f"READY {gateway.address}", flush=True)
         await stopping.wait()
         await gateway.drain()
     finally:
+        saying.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await gateway.stop()
+
+
+async def _say_ready(gateway: Gateway) -> None:
+    """Say READY once a call would be answered; until then calls get UNAVAILABLE."""
+    await gateway.wait_ready(None)
+    print(f"READY {gateway.address}", flush=True)

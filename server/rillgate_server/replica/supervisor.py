@@ -64,11 +64,16 @@ class Supervisor:
         self._say = say
         self._living: dict[str, Child] = {}  # name -> child
         self._ready_texts: dict[str, str] = {}  # name -> text of its first READY
+        self._pinned: dict[str, dict[str, str]] = {}  # name -> environment of its next lives
         self._stop = asyncio.Event()
         self._num_signals = 0
 
     def __repr__(self) -> str:
         return f"Supervisor({list(self._living.values())}, stopping={self._stop.is_set()})"
+
+    def pin(self, name: str, environment: dict[str, str]) -> None:
+        """Give a child `environment`, too, whenever it is started again."""
+        self._pinned[name] = environment
 
     def request_stop(self) -> None:
         """Begin to stop; asked a second time, kill."""
@@ -106,7 +111,8 @@ class Supervisor:
         quick_crashes = 0
         while not self._stop.is_set():
             started_s = time.monotonic()
-            child = await Child.start(spec)
+            pinned = {**spec.environment, **self._pinned.get(spec.name, {})}
+            child = await Child.start(replace(spec, environment=pinned))
             self._living[spec.name] = child
             if self._stop.is_set():  # told so while the process was being made
                 child.kill()
@@ -175,6 +181,8 @@ async def _supervise(settings: Settings) -> int:
             f"serving {texts['replica']} on {texts['gateway']} "
             f"(ready after {time.monotonic() - started_s:.1f} s; Ctrl-C stops)"
         )
+        # A gateway that took a free port comes back on the same one.
+        supervisor.pin("gateway", {"RILLGATE_GATEWAY__LISTEN": texts["gateway"]})
 
     supervisor = Supervisor(_children(settings), RestartPolicy(), on_ready, _say)
     loop = asyncio.get_running_loop()
