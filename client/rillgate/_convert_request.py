@@ -150,8 +150,10 @@ def _set_lists(request: pb.GenerateRequest, options: GenerateOptions) -> None:
     if stop is not None:
         with _field("stopping.stop_strings"):
             request.stopping.stop_strings.extend([stop] if isinstance(stop, str) else stop)
-    with _field("stopping.stop_token_ids"):
-        request.stopping.stop_token_ids.extend(options.get("stop_token_ids") or ())
+    stop_token_ids = options.get("stop_token_ids")
+    if stop_token_ids:  # an empty list must not set the group
+        with _field("stopping.stop_token_ids"):
+            request.stopping.stop_token_ids.extend(stop_token_ids)
     with _field("sampling.logit_bias"):
         for token_id, bias in (options.get("logit_bias") or {}).items():
             request.sampling.logit_bias[token_id] = bias
