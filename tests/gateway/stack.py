@@ -76,6 +76,24 @@ class Pace:
             assert self._permits.acquire(timeout=PATIENCE_S), "no test let the step run"
 
 
+class RecordedEngine:
+    """An engine handle that remembers the aborts that reached the engine."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self._loop = loop
+        self.submit = loop.submit
+        self.drain = loop.drain
+        self.load = loop.load
+        self.aborts: list[tuple[int, ...]] = []
+        self.has_aborted = asyncio.Event()
+
+    def abort(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
+        """Pass it on, and remember the choices."""
+        self._loop.abort(request_id, choice_indices)
+        self.aborts.append(choice_indices)
+        self.has_aborted.set()
+
+
 @dataclass
 class Replica:
     """The engine's side."""
@@ -85,6 +103,7 @@ class Replica:
     loop: EngineLoop
     executor: FakeExecutor
     pace: Pace
+    engine: RecordedEngine
 
     @property
     def num_blocks_used(self) -> int:
@@ -94,6 +113,10 @@ class Replica:
     async def wait_idle(self) -> None:
         """Wait until the engine has no request left."""
         assert await asyncio.to_thread(self.loop.wait_idle, PATIENCE_S), "requests are left"
+
+    async def wait_aborted(self) -> None:
+        """Wait until an abort has reached the engine."""
+        await asyncio.wait_for(self.engine.has_aborted.wait(), PATIENCE_S)
 
     async def crash(self) -> None:
         """Cut every connection at once, as a killed process does."""
@@ -134,7 +157,8 @@ async def running_replica(
     engine = Engine(Scheduler(batcher, CACHE, spec, NUM_BLOCKS), executor, clock)
     service = EngineService(spec.eos_token_ids, _welcome(spec), clock, load_interval_s=0.02)
     loop = EngineLoop(engine, clock, service.on_event)
-    service.attach(loop)
+    recorded = RecordedEngine(loop)
+    service.attach(recorded)
     server = grpc.aio.server()
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)
     with tempfile.TemporaryDirectory(prefix="rillgate-") as folder:
@@ -143,7 +167,7 @@ async def running_replica(
         loop.start()
         await server.start()
         try:
-            yield Replica(socket, server, loop, executor, pace)
+            yield Replica(socket, server, loop, executor, pace, recorded)
         finally:
             pace.open()
             await server.stop(None)
@@ -251,7 +275,10 @@ class Answer:
 async def read(call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]") -> Answer:
     """Read a stream to its end; raises what it ends with."""
     async with asyncio.timeout(PATIENCE_S):
-        return Answer([message async for message in call])
+        messages = []
+        while (message := await call.read()) is not grpc.aio.EOF:
+            messages.append(message)
+        return Answer(messages)
 
 
 def expected_tokens(stack: Stack, prompt: Sequence[int], num_tokens: int) -> list[int]:

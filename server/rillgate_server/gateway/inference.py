@@ -42,7 +42,6 @@ from rillgate_server.service.stream_writer import StreamWriter, joined
 MIN_DEADLINE_MARGIN_S = 0.05
 MAX_DEADLINE_MARGIN_S = 0.5
 DEADLINE_MARGIN_FRACTION = 0.05
-"""A stream ends this much before its caller's deadline (design, section 4)."""
 
 # Any: grpc's context is generic in message types that one servicer has many of.
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -197,10 +196,13 @@ def _end_time(context: _Context) -> float | None:
         return None
     if remaining_s <= 0:
         raise DeadlineExceeded("the deadline had passed when the request arrived")
-    margin_s = min(
-        max(MIN_DEADLINE_MARGIN_S, DEADLINE_MARGIN_FRACTION * remaining_s), MAX_DEADLINE_MARGIN_S
-    )
-    return asyncio.get_running_loop().time() + max(remaining_s - margin_s, 0.0)
+    return asyncio.get_running_loop().time() + max(remaining_s - deadline_margin_s(remaining_s), 0.0)
+
+
+def deadline_margin_s(remaining_s: float) -> float:
+    """Return how long before its caller's deadline a stream ends (design, section 4)."""
+    margin_s = max(MIN_DEADLINE_MARGIN_S, DEADLINE_MARGIN_FRACTION * remaining_s)
+    return min(margin_s, MAX_DEADLINE_MARGIN_S)
 
 
 def _new_seed() -> int:
