@@ -1,7 +1,7 @@
 """Random traces through the whole control plane, against answers made one request at a time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +43,7 @@ class Steps:
 
 @st.composite
 def prompts(draw: st.DrawFn) -> tuple[int, ...]:
+    """Draw a prompt that often shares its beginning."""
     stem = draw(st.sampled_from(STEMS))
     shared = stem[: draw(st.integers(0, 30))]
     own = draw(st.lists(st.integers(2, 98), min_size=0 if shared else 1, max_size=12))
@@ -51,6 +52,7 @@ def prompts(draw: st.DrawFn) -> tuple[int, ...]:
 
 @st.composite
 def requests(draw: st.DrawFn, request_id: int) -> Request:
+    """Draw a fresh request or a continuation, poisoned now and then."""
     prompt = draw(prompts())
     if len(prompt) > 2 and draw(st.integers(0, 9)) == 0:
         prompt = (*prompt[:2], POISON, *prompt[3:])
@@ -65,13 +67,9 @@ def requests(draw: st.DrawFn, request_id: int) -> Request:
         num_prompt_logprobs=draw(st.sampled_from((None, None, None, 1))),
     )
     indices = range(draw(st.sampled_from((1, 1, 1, 2, 3))))
-    fresh = make_request(
-        request_id,
-        prompt,
-        max_tokens,
-        [ChoiceStart(i) for i in indices],
-        sampling=sampling,
-        ignore_eos=draw(st.booleans()),
+    fresh = replace(
+        make_request(request_id, prompt, max_tokens, [ChoiceStart(i) for i in indices], sampling),
+        stop_token_ids=draw(st.sampled_from((frozenset(), frozenset({EOS})))),
         cache_salt=draw(st.sampled_from(SALTS)),
     )
     if draw(st.integers(0, 2)):
@@ -80,19 +78,12 @@ def requests(draw: st.DrawFn, request_id: int) -> Request:
     for start in fresh.choices:
         answer, _ = reference_answer(fresh, start)
         choices.append(ChoiceStart(start.index, answer[: draw(st.integers(0, len(answer)))]))
-    return make_request(
-        request_id,
-        prompt,
-        max_tokens,
-        choices,
-        sampling=sampling,
-        ignore_eos=not fresh.stop_token_ids,
-        cache_salt=fresh.cache_salt,
-    )
+    return replace(fresh, choices=tuple(choices))
 
 
 @st.composite
 def traces(draw: st.DrawFn) -> list[Submit | Abort | Steps]:
+    """Draw arrivals with aborts and pauses between them."""
     trace: list[Submit | Abort | Steps] = []
     for request_id in range(draw(st.integers(1, 10))):
         trace.append(Submit(draw(requests(request_id))))
@@ -105,6 +96,7 @@ def traces(draw: st.DrawFn) -> list[Submit | Abort | Steps]:
 
 @st.composite
 def limits(draw: st.DrawFn) -> Limits:
+    """Draw settings so small that every limit is met."""
     max_running = draw(st.integers(1, 5))
     return Limits(
         num_blocks=draw(st.integers(6, 40)),

@@ -11,7 +11,6 @@ from rillgate_server.config.groups import BatcherConfig, CacheConfig
 from rillgate_server.core.clock import VirtualClock
 from rillgate_server.core.model_spec import ModelSpec
 from rillgate_server.core.request import (
-    NO_SALT,
     ChoiceStart,
     FinishReason,
     Rejection,
@@ -29,7 +28,7 @@ from rillgate_server.core.step import (
     TokenLogprobs,
 )
 from rillgate_server.engine.executor import Executor
-from rillgate_server.engine.testing import FakeExecutor, FakeModel
+from rillgate_server.engine.testing import FakeExecutor, FakeModel, fake_logprobs
 from rillgate_server.scheduler.scheduler import Scheduler
 
 EOS = 1
@@ -76,27 +75,20 @@ class Limits:
         return Scheduler(batcher, cache, SPEC, self.num_blocks)
 
 
-def make_request(  # size: a request has many fields, and tests set few of them
+def make_request(
     request_id: int,
     prompt: Iterable[int] = range(10, 20),
     max_tokens: int = 8,
     choices: Sequence[ChoiceStart] = (ChoiceStart(0),),
-    *,
     sampling: SamplingParams | None = None,
-    ignore_eos: bool = True,
-    cache_salt: bytes = NO_SALT,
-    arrival_s: float = 0.0,
 ) -> Request:
-    """Build a request with small defaults."""
+    """Build a request with small defaults; what else it needs, `dataclasses.replace` sets."""
     return Request(
         request_id,
         tuple(prompt),
         tuple(choices),
         sampling or SamplingParams(seed=request_id, temperature=0.0),
         max_tokens,
-        frozenset() if ignore_eos else frozenset({EOS}),
-        cache_salt,
-        arrival_s,
     )
 
 
@@ -200,7 +192,7 @@ class Driver:
 
     def __init__(
         self,
-        limits: Limits = Limits(),  # noqa: B008  frozen
+        limits: Limits = Limits(),
         *,
         fail_rows: Callable[[RowPlan, Sequence[int]], str | None] | None = None,
         model: FakeModel = MODEL,
@@ -292,8 +284,19 @@ class Driver:
         for request_id, answer in self.answers.of.items():
             if request_id in self.answers.gone or answer.failure is not None:
                 continue
+            self._check_prompt_logprobs(answer)
             for choice in answer.wanted:
                 assert choice.index in answer.finished, answer
                 tokens, reason = reference_answer(answer.request, choice)
                 assert tuple(answer.tokens[choice.index]) == tokens, (request_id, choice.index)
                 assert answer.finished[choice.index].reason is reason
+
+    def _check_prompt_logprobs(self, answer: Answer) -> None:
+        num_top = answer.request.sampling.num_prompt_logprobs
+        if num_top is None:
+            assert answer.prompt_logprobs is None
+        elif any(answer.finished[c.index].num_tokens > len(c.generated_token_ids)
+                 for c in answer.wanted):  # fmt: skip
+            assert answer.prompt_logprobs is not None
+            expected = [fake_logprobs(t, num_top) for t in answer.request.prompt_token_ids[1:]]
+            assert list(answer.prompt_logprobs.positions) == expected

@@ -353,9 +353,9 @@ class Scheduler:
         assert num_queued == len(self._queue)
         assert num_running == len(self._batch.sequences)
         assert num_unstarted == self._admission.num_requests
-        planned = {id(sequence) for sequence in self._open.sequences} if self._open else set()
-        for sequence in self._batch.sequences + self._batch.closing:
-            assert sequence.is_planned == (id(sequence) in planned), sequence
+        planned = self._open.sequences if self._open else ()
+        holders = self._batch.sequences + self._batch.closing
+        assert {id(s) for s in holders if s.is_planned} == {id(s) for s in planned}
 
 
 def _finish_reason(sequence: Sequence) -> FinishReason | None:
