@@ -1,0 +1,34 @@
+"""The worker's seats."""
+
+from rillgate_server.scheduler.slots import Slots
+
+
+def test_the_smallest_free_slot_is_taken() -> None:
+    """Slots stay dense, whatever the order in which they come back."""
+    slots = Slots(3)
+    assert [slots.take() for _ in range(3)] == [0, 1, 2]
+    slots.give_back(2)
+    slots.give_back(0)
+    assert (slots.take(), slots.num_taken) == (0, 2)
+    slots.check_integrity([0, 1])
+
+
+def test_an_ended_slot_is_announced_once() -> None:
+    """The next plan names it, later ones do not."""
+    slots = Slots(2)
+    slots.give_back(slots.take())
+    assert slots.announce() == (0,)
+    assert slots.announce() == ()
+
+
+def test_after_a_failed_plan_its_ended_slots_are_announced_again() -> None:
+    """The worker may have raised before it read them."""
+    slots = Slots(2)
+    slots.give_back(slots.take())
+    slots.announce()
+    slots.take()
+    slots.give_back(0)
+    slots.give_back(slots.take())
+    slots.plan_failed()
+    assert slots.announce() == (0,)
+    assert slots.announce() == ()
