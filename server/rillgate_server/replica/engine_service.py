@@ -8,6 +8,7 @@ Does not know how a step is made, nor what a request means in text.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -91,6 +92,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._streams: set[RunStream] = set()
         self._is_draining = False
         self._all_done = asyncio.Event()
+        self._closing = asyncio.Event()
 
     def __repr__(self) -> str:
         return (
@@ -156,10 +158,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             asyncio.create_task(self._read_commands(stream, commands)),
             asyncio.create_task(self._write_events(stream, context)),
             asyncio.create_task(stream.overflowed.wait()),
+            asyncio.create_task(self._closing.wait()),
         ]
-        _, writer, overflow = tasks
+        _, writer, overflow, closing = tasks
         try:
-            await asyncio.wait((writer, overflow), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((writer, overflow, closing), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
@@ -249,9 +252,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     ) -> AsyncIterator[engine_pb2.ReplicaEvent]:
         """Say what this replica is, then its load, idle or not."""
         yield welcome_event(self._welcome)
-        while True:
+        while not self._closing.is_set():
             yield load_event(self._running_engine.load())
-            await asyncio.sleep(self._load_interval_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), self._load_interval_s)
 
     def drain(self) -> None:
         """Refuse new requests from now on; those that run go on."""
@@ -263,6 +267,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         """Wait until a draining service has no open request and nothing left to write."""
         assert self._is_draining
         await self._all_done.wait()
+
+    def close(self) -> None:
+        """End every stream, and with it its requests; gateways see the replica go."""
+        self._closing.set()
 
     def _note_if_done(self) -> None:
         if self._is_draining and not self._open and all(it.is_flushed for it in self._streams):

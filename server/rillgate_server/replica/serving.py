@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 EXIT_ENGINE_FAILED = 1
 _ENGINE_STOP_S = 5.0  # for the step under way
-_LAST_WORDS_S = 0.5  # for the last messages to leave, once everything is written
+_LAST_WORDS_S = 0.5  # for streams to end once the service is closed
 
 
 def serve_engine(settings: Settings, spec: ModelSpec, num_blocks: int, executor: Executor) -> int:
@@ -72,7 +72,8 @@ async def _serve(
         await _drain(service, settings.replica.drain_grace_s)
         return 0
     finally:
-        await server.stop(_LAST_WORDS_S if not ended.is_fatal else None)
+        service.close()
+        await server.stop(_LAST_WORDS_S)
         engine_loop.stop(_ENGINE_STOP_S)
 
 

@@ -1,0 +1,162 @@
+"""A replica's process, with a fake executor in place of a model: socket, signals, exit codes."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import stat
+import sys
+import textwrap
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from rillgate_server.core.request import FinishReason, RejectReason, RequestRejected
+from rillgate_server.core.step import ChoiceFinished, RequestFailed
+from rillgate_server.errors import NoReplica
+from rillgate_server.gateway.replica_link import ReplicaLink
+from tests.replica.engine_server import make_submission, next_events, read_all, socket_directory
+
+DEADLINE_S = 30.0
+"""For a process that starts in one second; the machine may be busy."""
+
+SCRIPT = """
+    import sys, time
+    from rillgate_server.config.settings import load_settings
+    from rillgate_server.engine.testing import FakeExecutor, FakeModel
+    from rillgate_server.errors import RillgateError
+    from rillgate_server.replica.serving import serve_engine
+    from tests.replica.engine_server import SPEC
+
+    socket, fault = sys.argv[1:]
+    def before_step(plan):
+        time.sleep(0.005)  # a model's share of a step
+        if fault == "broken":
+            raise RuntimeError("the device is gone")
+    executor = FakeExecutor(64, 16, FakeModel(SPEC.vocab_size), before_step=before_step)
+    grace = "0" if fault == "impatient" else "20"
+    settings = load_settings(None, {"replica": {"socket": socket, "drain_grace_s": grace}})
+    try:
+        sys.exit(serve_engine(settings, SPEC, 64, executor))
+    except RillgateError as error:
+        sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.fixture
+def socket() -> Iterator[Path]:
+    """Where the replica listens."""
+    with socket_directory() as directory:
+        yield directory / "engine.sock"
+
+
+@contextlib.asynccontextmanager
+async def replica(socket: Path, fault: str = "none") -> AsyncIterator[Process]:
+    """Start a replica's process, and leave none behind."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", textwrap.dedent(SCRIPT), str(socket), fault),
+        stdout=PIPE,
+        stderr=PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])},
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def linked(socket: Path) -> AsyncIterator[ReplicaLink]:
+    """Link to the replica."""
+    link = ReplicaLink(f"unix:{socket}")
+    await link.start()
+    try:
+        await link.wait_ready(DEADLINE_S)
+        yield link
+    finally:
+        await link.close()
+
+
+async def exit_code(process: Process) -> int:
+    """Wait for the end."""
+    return await asyncio.wait_for(process.wait(), DEADLINE_S)
+
+
+async def test_it_says_ready_and_its_socket_is_for_this_user_alone(socket: Path) -> None:
+    """One READY line that names the model; mode 0600."""
+    async with replica(socket) as process:
+        assert process.stdout is not None
+        line = await asyncio.wait_for(process.stdout.readline(), DEADLINE_S)
+        assert line.decode().split()[:2] == ["READY", "fake"]
+        assert _mode(socket) == 0o600
+
+
+async def test_sigterm_lets_streams_finish_and_refuses_new_ones(socket: Path) -> None:
+    """A running stream gets all of its tokens, a new one DRAINING; exit 0, the socket is gone."""
+    async with replica(socket) as process, linked(socket) as link:
+        stream = link.submit(make_submission(max_tokens=200, ignore_eos=True))
+        await next_events(stream)
+        process.send_signal(signal.SIGTERM)
+        while True:  # until the signal has arrived
+            (last, *_) = (await read_all(link.submit(make_submission(max_tokens=1))))[-1:]
+            if isinstance(last, RequestRejected):
+                break
+        assert last.rejection.reason is RejectReason.DRAINING
+        end = (await read_all(stream))[-1]
+        assert end == ChoiceFinished(stream.request_key, 0, FinishReason.LENGTH, 200)
+        assert await exit_code(process) == 0
+        assert _mode(socket) is None
+
+
+async def test_past_the_grace_what_runs_is_cut_off(socket: Path) -> None:
+    """Without any grace a stream ends in NoReplica, and the process with 0."""
+    async with replica(socket, "impatient") as process, linked(socket) as link:
+        stream = link.submit(make_submission(max_tokens=900, ignore_eos=True))
+        await next_events(stream)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(NoReplica):
+            await read_all(stream)
+        assert await exit_code(process) == 0
+
+
+async def test_kill_9_ends_streams_within_a_second(socket: Path) -> None:
+    """Every open stream raises NoReplica; each had what had arrived."""
+    async with replica(socket) as process, linked(socket) as link:
+        streams = [link.submit(make_submission(max_tokens=900, ignore_eos=True)) for _ in range(8)]
+        for stream in streams:
+            await next_events(stream)
+        process.kill()
+        await process.wait()
+        async with asyncio.timeout(1.0):
+            for stream in streams:
+                with pytest.raises(NoReplica):
+                    await read_all(stream)
+
+
+async def test_an_engine_that_keeps_failing_ends_the_process(socket: Path) -> None:
+    """The requests fail one by one; with the third failed step in a row the exit code is 1."""
+    async with replica(socket, "broken") as process, linked(socket) as link:
+        with contextlib.suppress(NoReplica):
+            for _ in range(3):
+                events = await read_all(link.submit(make_submission()))
+                assert isinstance(events[-1], RequestFailed)
+        assert await exit_code(process) == 1
+
+
+async def test_a_socket_that_is_in_use_is_refused(socket: Path) -> None:
+    """A second replica says who is in the way; the first one goes on."""
+    async with replica(socket), linked(socket) as link:
+        async with replica(socket) as second:
+            _, stderr = await asyncio.wait_for(second.communicate(), DEADLINE_S)
+            assert b"another process listens" in stderr
+            assert second.returncode == 1
+        await read_all(link.submit(make_submission()))
+
+
+def _mode(path: Path) -> int | None:
+    """Return the permissions of a file, or None if it is not there."""
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else None
