@@ -94,8 +94,17 @@ class FakeRequest:
 class FakeServer:
     """Owns a server, its queue of replies and the requests so far; thread-safe."""
 
-    def __init__(self, *, num_threads: int = 64, tokens_per_message: int = 1) -> None:
-        """Make a server, which starts with the `with` block; one thread per open stream."""
+    def __init__(
+        self,
+        *,
+        num_threads: int = 64,
+        tokens_per_message: int = 1,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        """Make a server, which starts with the `with` block; one thread per open stream.
+
+        `credentials`: speak TLS, as grpc.ssl_server_credentials says.
+        """
         self.requests: list[FakeRequest] = []
         self._tokens_per_message = tokens_per_message
         self._replies: deque[FakeReply | FakeError] = deque()
@@ -105,7 +114,12 @@ class FakeServer:
         self._num_releases = 0
         self._is_ready = True
         self._server = grpc.server(ThreadPoolExecutor(num_threads), handlers(self))
-        port = self._server.add_insecure_port("127.0.0.1:0")
+        address = "127.0.0.1:0"
+        port = (
+            self._server.add_insecure_port(address)
+            if credentials is None
+            else self._server.add_secure_port(address, credentials)
+        )
         self.target = f"127.0.0.1:{port}"
 
     def __repr__(self) -> str:
@@ -192,6 +206,8 @@ class FakeServer:
         begin = min((given.get(index, 0) for index in indices), default=0)
         if not self._pause(reply.first_token_delay_s, context):
             return
+        if begin == 0 and not self._go_on(reply, 0, context):
+            return
         for position in range(begin, len(token_ids), self._tokens_per_message):
             end = min(position + self._tokens_per_message, len(token_ids))
             for index in indices:
@@ -202,6 +218,8 @@ class FakeServer:
             response = pb.GenerateResponse()
             if not self._go_on(reply, end, context):
                 return
+            if not self._pause(reply.token_interval_s * (end - position), context):
+                return
         for index in indices:
             usage = _usage(request, reply, len(token_ids))
             stop_string = reply.stop_string if reason == pb.FINISH_REASON_STOP_STRING else ""
@@ -211,7 +229,7 @@ class FakeServer:
         yield response
 
     def _go_on(self, reply: FakeReply, num_sent: int, context: grpc.ServicerContext) -> bool:
-        """Fail, hold or wait as the reply says; False when the caller is gone."""
+        """Fail or hold as the reply says; False when the caller is gone."""
         if reply.fail_after is not None and num_sent >= reply.fail_after:
             fail(context, reply.error)
         if reply.hold_after is not None and num_sent == reply.hold_after:
@@ -220,7 +238,7 @@ class FakeServer:
                 self._changed.wait_for(
                     lambda: self._num_releases > before or not context.is_active()
                 )
-        return self._pause(reply.token_interval_s * self._tokens_per_message, context)
+        return context.is_active()
 
     def _pause(self, delay_s: float, context: grpc.ServicerContext) -> bool:
         """Wait as long as the caller is there; False when it is gone."""

@@ -52,7 +52,7 @@ def test_a_plain_stub_streams_reasoning_and_answer(
     assert server.requests[0].options == {"max_tokens": 512}
     timeout_s = server.requests[0].timeout_s
     assert timeout_s is not None
-    assert 50 < timeout_s <= 60
+    assert 50 < timeout_s < 61  # gRPC rounds
 
 
 @both_stubs
