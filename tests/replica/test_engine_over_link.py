@@ -22,6 +22,9 @@ from tests.replica.engine_server import DEADLINE_S, make_submission, next_events
 VOCAB_SIZE = served_model().spec.vocab_size
 MODEL = FakeModel(VOCAB_SIZE)
 
+REFUSED = make_submission(request_id="x" * 1000)
+"""Answered at the door."""
+
 Setup = tuple[Replica, ReplicaLink]
 T = TypeVar("T")
 
@@ -167,21 +170,20 @@ async def test_an_abort_of_one_choice_leaves_the_others_their_tokens(setup: Setu
 async def test_a_broken_run_ends_its_requests_and_no_others(setup: Setup) -> None:
     """One of two gateways goes away: its blocks are free, the other's stream is whole."""
     replica, staying = setup
-    replica.pace.hold()
-    submission = make_submission(5, 6, max_tokens=30, ignore_eos=True)
-    kept = staying.submit(submission)
-    replica.pace.allow(1)
-    events = await next_events(kept)
     leaving = ReplicaLink(f"unix:{replica.socket}")
     await leaving.start()
     await leaving.wait_ready(DEADLINE_S)
+    replica.pace.hold()
+    submission = make_submission(5, 6, max_tokens=30, ignore_eos=True)
+    kept = staying.submit(submission)
     lost = [leaving.submit(make_submission(*range(50), max_tokens=1000)) for _ in range(3)]
-    replica.pace.allow(8)  # three prompts of 50 tokens, at most 64 a step beside a decode row
+    await read_all(leaving.submit(REFUSED))  # so those before it are with the engine
+    replica.pace.allow(8)  # at most 64 tokens a step
     await next_events(lost[-1])
     await leaving.close()
     await replica.wait_aborted()
     replica.pace.open()
-    events += await read_all(kept)
+    events = await read_all(kept)
     assert tokens_of(events, 0) == expected(submission, 0)
     await replica.wait_idle()
     assert replica.num_blocks_used == 0
