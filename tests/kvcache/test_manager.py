@@ -138,5 +138,6 @@ def test_clearing_forgets_what_nobody_uses() -> None:
     table = compute(manager, TOKENS)
     manager.free(compute(manager, range(4, 9)))
     assert manager.clear_cached() == 1
-    assert manager.try_start(other := BlockTable(NO_SALT), TOKENS) == 12
+    other = BlockTable(NO_SALT)
+    assert manager.try_start(other, TOKENS) == 12
     manager.check_integrity([table, other])

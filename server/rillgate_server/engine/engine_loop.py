@@ -150,9 +150,10 @@ class EngineLoop:
             _LOG.exception("the engine stops")
             try:
                 self._close("the engine failed")
-            finally:
-                if self._on_fatal is not None:
-                    self._on_fatal(error)
+            except Exception:  # it may be `on_event` that raised, and raises again
+                _LOG.exception("requests are left without an answer")
+            if self._on_fatal is not None:
+                self._on_fatal(error)
         else:
             self._close("the engine was stopped")
 

@@ -117,6 +117,8 @@ class FakeExecutor:
         end = row.start + row.num_tokens
         if end > len(slot.token_ids) or row.num_tokens < 1:
             raise CacheMismatch(f"slot {row.slot} has {len(slot.token_ids)} tokens, row: {row}")
+        if end > len(slot.block_table) * self._size:
+            raise CacheMismatch(f"slot {row.slot} has no block for position {end - 1}")
         for position in range(row.start, end):
             block = slot.block_table[position // self._size]
             self._storage[block][position % self._size] = (slot.token_ids[position], position)
@@ -163,8 +165,6 @@ class FakeExecutor:
         context: list[int] = []
         num_tokens = row.start + row.num_tokens
         for position in range(num_tokens):
-            if position // self._size >= len(slot.block_table):
-                raise CacheMismatch(f"slot {row.slot} has no block for position {position}")
             block = slot.block_table[position // self._size]
             held = self._storage[block][position % self._size]
             if held != (slot.token_ids[position], position):

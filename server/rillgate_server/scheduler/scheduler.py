@@ -184,10 +184,10 @@ class Scheduler:
         opened, self._open = self._open, None
         if opened is not None:
             self._batch.plan_done(opened.sequences)
-            self._batch.slots.plan_failed()
             for sequence in opened.sequences:
                 if sequence.state is SequenceState.RUNNING:
                     self._fail(sequence.group, message)
+            self._batch.slots.plan_failed()
         self._progress_s = now
         return self._events.take(self._former.step_id)
 

@@ -1,0 +1,435 @@
+"""The batcher, one promise at a time."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from rillgate_server.core.request import ChoiceStart, FinishReason
+from rillgate_server.core.sampling_params import SamplingParams
+from rillgate_server.core.step import RowPlan, StepOutput, StepPlan, StepResult
+from rillgate_server.engine.testing import fake_logprobs
+from rillgate_server.errors import EngineFailure
+from tests.support.engine import EOS, MODEL, Driver, Limits, make_request, reference_answer
+
+
+def streams_in(output: StepOutput | None) -> set[int]:
+    """Return the requests that got a token."""
+    return set() if output is None else {tokens.request_id for tokens in output.tokens}
+
+
+def rows_of(plan: StepPlan | None) -> list[tuple[int, int, int]]:
+    """Return (slot, start, number of tokens) of each row."""
+    assert plan is not None
+    return [(row.slot, row.start, row.num_tokens) for row in plan.rows]
+
+
+# -- forming a step -------------------------------------------------------------------------------
+
+
+def test_a_plan_holds_prefill_chunks_and_decode_rows_at_once() -> None:
+    """Decode rows come first; a long prompt enters beside them in chunks; nothing is padded."""
+    driver = Driver(Limits(max_step_tokens=64, max_prefill_chunk_tokens=16))
+    driver.submit(make_request(1, prompt=range(10, 14), max_tokens=20))
+    driver.step()
+    driver.submit(make_request(2, prompt=[7] * 40))
+    plan = driver.begin()
+    assert rows_of(plan) == [(0, 4, 1), (1, 0, 16)]
+    assert plan is not None
+    assert [row.samples for row in plan.rows] == [True, False]
+    driver.end(plan)
+    assert rows_of(driver.begin()) == [(0, 5, 1), (1, 16, 16)]
+
+
+def test_running_streams_get_a_token_in_every_step_while_a_long_prompt_enters() -> None:
+    """The gap between two tokens stays under two steps; here it is exactly one."""
+    driver = Driver(Limits(num_blocks=200, max_step_tokens=64, max_prefill_chunk_tokens=16))
+    for request_id in (1, 2, 3):
+        driver.submit(make_request(request_id, prompt=[request_id] * 5, max_tokens=60))
+    driver.step()
+    driver.submit(make_request(4, prompt=[9] * 400, max_tokens=4))
+    num_steps = 0
+    while driver.answers.of[4].started is None or not driver.answers.of[4].tokens[0]:
+        assert streams_in(driver.step()) >= {1, 2, 3}
+        num_steps += 1
+    assert num_steps == 400 // 16
+    driver.run()
+    driver.check_answers()
+
+
+def test_without_decode_rows_a_prompt_takes_the_whole_budget() -> None:
+    """The chunk limit protects running streams, and there are none."""
+    driver = Driver(Limits(max_step_tokens=64, max_prefill_chunk_tokens=16))
+    driver.submit(make_request(1, prompt=[7] * 100))
+    assert rows_of(driver.begin()) == [(0, 0, 64)]
+
+
+def test_prompts_share_the_budget_in_the_order_of_arrival() -> None:
+    """The one that does not fit whole gets what is left, and goes on in the next step."""
+    driver = Driver(Limits(max_step_tokens=32))
+    for request_id, num_tokens in ((1, 12), (2, 12), (3, 12)):
+        driver.submit(make_request(request_id, prompt=[request_id + 10] * num_tokens))
+    plan = driver.begin()
+    assert rows_of(plan) == [(0, 0, 12), (1, 0, 12), (2, 0, 8)]
+    assert plan is not None
+    assert streams_in(driver.end(plan)) == {1, 2}
+
+
+def test_no_more_than_max_running_run_and_the_rest_start_in_order() -> None:
+    """First come, first served, though a later request would be shorter."""
+    driver = Driver(Limits(max_running=2, max_step_tokens=64))
+    for request_id in range(6):
+        driver.submit(make_request(request_id, prompt=[50 - request_id] * (12 - request_id)))
+    started: list[int] = []
+    while driver.scheduler.has_work:
+        output = driver.step()
+        started += [event.request_id for event in output.started] if output else []
+        assert driver.scheduler.load(0.0).num_running <= 2
+    assert started == list(range(6))
+    driver.check_answers()
+
+
+def test_only_one_plan_is_open_at_a_time() -> None:
+    """Until its result is there, `schedule` gives nothing."""
+    driver = Driver()
+    driver.submit(make_request(1))
+    plan = driver.begin()
+    assert plan is not None
+    assert driver.scheduler.schedule(0.0) is None
+    driver.end(plan)
+    assert driver.scheduler.schedule(0.0) is not None
+
+
+# -- preemption -----------------------------------------------------------------------------------
+
+
+def test_when_blocks_run_out_the_last_arrived_gives_way_and_resumes_from_the_cache() -> None:
+    """It is counted for its choice, its answer is whole, and it computes little again."""
+    driver = Driver(Limits(num_blocks=10, block_size_tokens=4))
+    for request_id in (1, 2):
+        driver.submit(make_request(request_id, prompt=[request_id + 10] * 8, max_tokens=20))
+    driver.run()
+    driver.check_answers()
+    finished = {r: driver.answers.of[r].finished[0] for r in (1, 2)}
+    assert finished[1].num_preemptions == 0
+    assert finished[2].num_preemptions >= 1
+    restarts = [s for p in driver.plans for s in p.starts if len(s.token_ids) > 8]
+    assert len(restarts) == finished[2].num_preemptions
+    assert driver.scheduler.load(0.0).num_preemptions == len(restarts)
+
+
+def test_a_lone_request_that_just_fits_always_finishes() -> None:
+    """The pool has not one block to spare, and others wait behind."""
+    driver = Driver(Limits(num_blocks=5, block_size_tokens=4, max_running=4))
+    for request_id in range(4):
+        prompt = [request_id + 10] * 9
+        assert driver.submit(make_request(request_id, prompt, max_tokens=12)) is None
+    driver.run()
+    driver.check_answers()
+    assert all(answer.finished for answer in driver.answers.of.values())
+
+
+def test_a_newcomer_waits_while_it_would_take_the_room_to_grow() -> None:
+    """It starts only where each running choice could still take a block: else it came in vain."""
+    driver = Driver(Limits(num_blocks=6, block_size_tokens=4, max_running=4))
+    driver.submit(make_request(1, prompt=[11] * 10, max_tokens=12))  # 3 blocks, grows to 6
+    driver.step()
+    driver.submit(make_request(2, prompt=[12] * 10, max_tokens=2))  # 3 blocks: none would be left
+    for _ in range(3):
+        assert streams_in(driver.step()) == {1}
+    driver.run()
+    assert driver.scheduler.load(0.0).num_preemptions == 0
+    driver.check_answers()
+
+
+# -- sharing --------------------------------------------------------------------------------------
+
+
+def test_choices_share_their_prompts_blocks_and_differ_by_their_index() -> None:
+    """Choices 2 to n start when the first has computed the prompt, and compute one token of it."""
+    driver = Driver(Limits(max_step_tokens=8))
+    sampling = SamplingParams(seed=5, temperature=1.0)
+    choices = [ChoiceStart(i) for i in range(3)]
+    driver.submit(make_request(1, [7] * 17, 4, choices, sampling))
+    while not driver.answers.of[1].tokens[0]:
+        assert len(driver.plans) < 4
+        driver.step()
+    assert [len(plan.starts) for plan in driver.plans] == [1, 0, 0]
+    plan = driver.begin()
+    assert plan is not None
+    assert [start.choice_index for start in plan.starts] == [1, 2]
+    shared = {start.block_table[:4] for start in plan.starts}
+    assert len(shared) == 1, "four full blocks of the prompt are the same"
+    assert [row.num_tokens for row in plan.rows] == [1, 1, 1]
+    driver.end(plan)
+    driver.run()
+    driver.check_answers()
+    assert len({tuple(tokens) for tokens in driver.answers.of[1].tokens.values()}) == 3
+
+
+def test_another_choice_computes_the_prompt_when_the_first_is_aborted() -> None:
+    """Nobody waits for a choice that is gone."""
+    driver = Driver(Limits(max_step_tokens=8))
+    driver.submit(make_request(1, [7] * 17, 4, [ChoiceStart(0), ChoiceStart(1), ChoiceStart(2)]))
+    driver.step()
+    driver.abort(1, (0,))
+    driver.run()
+    driver.check_answers()
+    assert driver.answers.of[1].finished.keys() == {1, 2}
+
+
+def test_the_number_of_cached_prompt_tokens_is_reported() -> None:
+    """A second request with the same prompt finds its full blocks."""
+    driver = Driver(Limits(block_size_tokens=4))
+    for request_id in (1, 2):
+        driver.submit(make_request(request_id, prompt=range(10, 23)))
+        driver.run()
+    started = [driver.answers.of[request_id].started for request_id in (1, 2)]
+    assert [event and event.num_cached_tokens for event in started] == [0, 12]
+    load = driver.scheduler.load(0.0)
+    assert (load.num_cached_tokens, load.num_prompt_tokens) == (12, 26)
+
+
+def test_other_salts_and_prompt_logprobs_take_no_hits() -> None:
+    """The first for privacy, the second because every position's logits are needed."""
+    driver = Driver(Limits(block_size_tokens=4, max_step_tokens=8))
+    sampling = SamplingParams(seed=1, temperature=0.0, num_prompt_logprobs=2)
+    prompt = range(10, 23)
+    driver.submit(make_request(1, prompt))
+    driver.submit(replace(make_request(2, prompt), cache_salt=bytes(15) + b"x"))
+    driver.run()
+    driver.submit(make_request(3, prompt, sampling=sampling))
+    driver.run()
+    for request_id in (2, 3):
+        started = driver.answers.of[request_id].started
+        assert started is not None
+        assert started.num_cached_tokens == 0
+    gathered = driver.answers.of[3].prompt_logprobs
+    assert gathered is not None
+    assert gathered.positions == tuple(fake_logprobs(token_id, 2) for token_id in range(11, 23))
+    driver.check_answers()
+
+
+def test_the_prompt_logprobs_of_a_single_token_are_an_empty_list() -> None:
+    """There is nothing to predict, and the caller still gets its answer."""
+    sampling = SamplingParams(seed=1, num_prompt_logprobs=0)
+    driver = Driver()
+    driver.submit(make_request(1, prompt=[5], sampling=sampling))
+    driver.run()
+    gathered = driver.answers.of[1].prompt_logprobs
+    assert gathered is not None
+    assert gathered.positions == ()
+
+
+def test_logprobs_come_with_the_tokens_of_those_who_asked() -> None:
+    """A neighbour that did not ask gets none."""
+    driver = Driver()
+    sampling = SamplingParams(seed=1, temperature=0.0, num_logprobs=3)
+    driver.submit(make_request(1, sampling=sampling))
+    driver.submit(make_request(2))
+    driver.run()
+    asked, silent = driver.answers.of[1], driver.answers.of[2]
+    assert asked.logprobs[0] == [fake_logprobs(token_id, 3) for token_id in asked.tokens[0]]
+    assert silent.logprobs[0] == []
+
+
+# -- ends and continuation ------------------------------------------------------------------------
+
+
+def request_with_stop() -> tuple[int, int]:
+    """Return a seed whose answer ends with a stop id, and its length, at least 3."""
+    for seed in range(1000):
+        sampling = SamplingParams(seed=seed, temperature=1.0)
+        request = make_request(1, max_tokens=40, sampling=sampling)
+        tokens, reason = reference_answer(
+            replace(request, stop_token_ids=frozenset({EOS})), ChoiceStart(0)
+        )
+        if reason is FinishReason.STOP and len(tokens) >= 3:
+            return seed, len(tokens)
+    raise AssertionError("no such seed")
+
+
+@pytest.mark.parametrize(
+    ("max_tokens_less", "min_tokens_more", "reason"),
+    [(0, 0, FinishReason.STOP), (1, 0, FinishReason.LENGTH), (-5, 1, FinishReason.LENGTH)],
+)
+def test_a_choice_ends_on_a_stop_id_or_at_max_tokens(
+    max_tokens_less: int, min_tokens_more: int, reason: FinishReason
+) -> None:
+    """A stop id does not count before min_tokens."""
+    seed, num_tokens = request_with_stop()
+    sampling = SamplingParams(seed=seed, min_tokens=num_tokens + min_tokens_more)
+    max_tokens = num_tokens - max_tokens_less
+    sampling = replace(sampling, min_tokens=min(sampling.min_tokens, max_tokens))
+    driver = Driver()
+    request = make_request(1, max_tokens=max_tokens, sampling=sampling)
+    driver.submit(replace(request, stop_token_ids=frozenset({EOS})))
+    driver.run()
+    finished = driver.answers.of[1].finished[0]
+    assert finished.reason is reason
+    assert finished.num_tokens == (num_tokens if reason is FinishReason.STOP else max_tokens)
+
+
+def test_a_continuation_replays_in_chunks_and_gives_only_what_is_new() -> None:
+    """The offset counts the given tokens, and the whole answer is that of one go."""
+    driver = Driver(Limits(max_step_tokens=8))
+    fresh = make_request(1, max_tokens=30)
+    whole, _ = reference_answer(fresh, ChoiceStart(0))
+    driver.submit(replace(fresh, choices=(ChoiceStart(0, whole[:21]),)))
+    driver.run()
+    first = driver.outputs[3].tokens[0]
+    assert [len(output.tokens) for output in driver.outputs[:4]] == [0, 0, 0, 1]
+    assert (first.token_offset, first.token_ids) == (21, whole[21:22])
+    assert tuple(driver.answers.of[1].tokens[0]) == whole
+
+
+def test_given_tokens_that_end_the_choice_finish_it_without_a_step() -> None:
+    """max_tokens reached, or a stop id at the end with min_tokens met: nothing is computed."""
+    driver = Driver()
+    by_length = make_request(1, max_tokens=3, choices=(ChoiceStart(0, (5, 6, 7)),))
+    by_stop = make_request(2, max_tokens=9, choices=(ChoiceStart(0, (5, EOS)),))
+    driver.submit(by_length)
+    driver.submit(replace(by_stop, stop_token_ids=frozenset({EOS})))
+    assert driver.scheduler.has_work
+    assert driver.step() is None
+    assert not driver.plans
+    reasons = [driver.answers.of[request_id].finished[0].reason for request_id in (1, 2)]
+    assert reasons == [FinishReason.LENGTH, FinishReason.STOP]
+    assert not driver.scheduler.has_work
+
+
+def test_a_given_stop_id_before_min_tokens_does_not_end_the_choice() -> None:
+    """It was drawn under the same rule, so the answer goes on."""
+    sampling = SamplingParams(seed=1, min_tokens=5, banned_until_min_tokens=(EOS,))
+    request = make_request(1, max_tokens=9, choices=(ChoiceStart(0, (5, EOS)),), sampling=sampling)
+    driver = Driver()
+    driver.submit(replace(request, stop_token_ids=frozenset({EOS})))
+    driver.run()
+    driver.check_answers()
+    assert driver.answers.of[1].finished[0].num_tokens > 4
+
+
+def test_a_choice_that_is_already_done_is_told_with_the_others_start() -> None:
+    """`started` is first, whatever the choices; the done one takes no slot."""
+    driver = Driver()
+    choices = (ChoiceStart(0, (5,) * 8), ChoiceStart(1))
+    driver.submit(make_request(1, choices=choices))
+    driver.run()
+    driver.check_answers()
+    assert [event.choice_index for event in driver.outputs[0].finished] == [0]
+
+
+# -- aborts and faults ----------------------------------------------------------------------------
+
+
+def test_an_abort_frees_blocks_at_each_phase() -> None:
+    """Waiting, held, half-way through the prompt, decoding: free before the next step."""
+    for num_steps in range(6):
+        driver = Driver(Limits(max_step_tokens=8, max_running=2))
+        driver.submit(make_request(1, [7] * 20, 8, [ChoiceStart(i) for i in range(3)]))
+        driver.submit(make_request(2, [8] * 20))
+        for _ in range(num_steps):
+            driver.step()
+        driver.abort(1)
+        driver.abort(2)
+        driver.check_idle()
+        assert not driver.scheduler.has_work
+
+
+def test_an_abort_during_a_step_keeps_its_blocks_until_the_result() -> None:
+    """A block that an open plan names is never free; the late result is dropped."""
+    driver = Driver()
+    driver.submit(make_request(1, [7] * 20))
+    plan = driver.begin()
+    assert plan is not None
+    driver.abort(1)
+    assert driver.scheduler.load(0.0).device.num_blocks_used == 5
+    output = driver.end(plan)
+    assert output == StepOutput(plan.step_id)
+    driver.check_idle()
+
+
+def test_an_abort_names_choices_and_leaves_the_others() -> None:
+    """The request lives while one choice does."""
+    driver = Driver()
+    driver.submit(make_request(1, choices=[ChoiceStart(i) for i in range(3)]))
+    driver.step()
+    driver.step()
+    driver.abort(1, (0, 2))
+    driver.scheduler.abort(77)
+    driver.run()
+    driver.check_answers()
+    assert driver.answers.of[1].finished.keys() == {1}
+
+
+def test_a_failed_row_ends_its_request_alone() -> None:
+    """All of its choices end, neighbours in the same batch keep their answers."""
+
+    def fail(row: RowPlan, context: Sequence[int]) -> str | None:
+        return "NaN logits" if context[0] == 66 and len(context) == 12 else None
+
+    driver = Driver(fail_rows=fail)
+    driver.submit(make_request(1))
+    driver.submit(make_request(2, [66] * 10, choices=[ChoiceStart(0), ChoiceStart(1)]))
+    driver.submit(make_request(3))
+    driver.run()
+    assert driver.answers.of[2].failure == "NaN logits"
+    driver.check_answers()
+    driver.check_idle()
+
+
+def test_a_step_that_never_returns_fails_its_requests_and_frees_them() -> None:
+    """`fail_plan` stands for the result; requests outside the plan go on."""
+    driver = Driver(Limits(max_step_tokens=8))
+    driver.submit(make_request(1, [7] * 8))
+    driver.submit(make_request(2, [8] * 8))
+    driver.begin()
+    driver.answers.take(driver.scheduler.fail_plan("lost", 0.0))
+    driver.scheduler.check_integrity()
+    assert driver.answers.of[1].failure == "lost"
+    driver.run()
+    driver.check_answers()
+    driver.check_idle()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step_id": 9}, {"token_ids": ()}, {"token_ids": ((),)}, {"token_ids": ((1, 2),)}],
+    ids=str,
+)
+def test_a_result_that_does_not_fit_its_plan_changes_nothing(change: dict[str, object]) -> None:
+    """It is our own bug; the right result can still be applied."""
+    driver = Driver()
+    driver.submit(make_request(1))
+    plan = driver.begin()
+    assert plan is not None
+    result = driver.executor.execute(plan)
+    wrong: StepResult = replace(result, **change)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(EngineFailure):
+        driver.scheduler.update(wrong, 0.0)
+    driver.apply(result)
+    driver.run()
+    driver.check_answers()
+
+
+def test_the_load_counts_what_runs_and_what_waits() -> None:
+    """Choices, tokens and blocks, after each step."""
+    driver = Driver(Limits(max_step_tokens=8, max_running=1))
+    driver.submit(make_request(1, [7] * 12, 4))
+    driver.submit(make_request(2, [8] * 5, 4, [ChoiceStart(0), ChoiceStart(1)]))
+    driver.step()
+    driver.clock.advance(3.0)
+    load = driver.scheduler.load(driver.clock.now())
+    assert (load.step_id, load.num_running, load.num_waiting) == (1, 1, 2)
+    assert (load.num_running_tokens, load.num_waiting_tokens) == (8, 4 + 5)
+    assert load.step_age_s == pytest.approx(3.0)
+    assert load.device.num_blocks_used == 3
+    driver.run()
+    assert driver.scheduler.load(99.0).step_age_s == 0.0
+
+
+def test_the_model_is_not_a_constant() -> None:
+    """Another context gives another token, else these tests could not fail."""
+    sampling = SamplingParams(seed=1, temperature=0.0)
+    drawn = {MODEL.next_token([7, i], 2, sampling, 0) for i in range(50)}
+    assert len(drawn) > 25
