@@ -158,6 +158,12 @@ class FakeServer:
             self._is_ready = is_ready
             self._changed.notify_all()
 
+    @property
+    def num_open(self) -> int:
+        """Count the generations that are open now."""
+        with self._changed:
+            return self._num_open
+
     def wait_open(self, num: int, timeout_s: float = 10.0) -> bool:
         """Wait until exactly so many generations are open; False when that did not come."""
         with self._changed:

@@ -8,8 +8,8 @@ to install. Exit codes: 0 done, 1 the call failed, 2 wrong usage, 130 interrupte
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeAlias
 
 from rillgate.cli import bench, chat, generate, models, status
@@ -32,10 +32,15 @@ _SERVER_COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status."""
+def main(
+    arguments: Sequence[str] | None = None, installed: Iterable[EntryPoint] | None = None
+) -> int:
+    """Run one command; return the exit status.
+
+    `installed`: where the server's commands come from; None: the entry points that are installed.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser(given).parse_args(given)
+    args = _parser(given, installed).parse_args(given)
     try:
         status_code: int | None = args.run(args)
         sys.stdout.flush()
@@ -52,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status_code or 0
 
 
-def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(
+    given: Sequence[str], installed: Iterable[EntryPoint] | None
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rillgate",
         description="Serves language models over gRPC, and calls them.",
@@ -63,21 +70,25 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         add_command(subparsers)
     # The server's commands take longer to import than most client commands take to run.
     if not given or given[0] not in _CLIENT_COMMANDS:
-        _add_server_commands(subparsers)
+        found = entry_points(group="rillgate.commands") if installed is None else installed
+        _add_server_commands(subparsers, found)
     return parser
 
 
-def _add_server_commands(subparsers: Subparsers) -> None:
+def _add_server_commands(subparsers: Subparsers, found: Iterable[EntryPoint]) -> None:
     why = "it is not installed"
-    for entry_point in entry_points(group="rillgate.commands"):
+    for entry_point in found:
         try:
             entry_point.load()(subparsers)
         except ImportError as error:
             why = str(error)
     for name, help_text in _SERVER_COMMANDS.items():
         if name not in subparsers.choices:
-            placeholder = subparsers.add_parser(name, help=help_text, add_help=False)
-            placeholder.add_argument("rest", nargs=argparse.REMAINDER)
+            # Takes any flags without knowing them: nothing begins with this prefix.
+            placeholder = subparsers.add_parser(
+                name, help=help_text, add_help=False, prefix_chars="\0"
+            )
+            placeholder.add_argument("rest", nargs="*")
             placeholder.set_defaults(run=_Missing(name, why))
 
 
