@@ -54,26 +54,34 @@ class Pace:
     """Lets the engine's thread make steps: all at once, or as many as a test allows."""
 
     def __init__(self) -> None:
-        self._permits = threading.Semaphore(0)
-        self._is_open = True
+        self._changed = threading.Condition()
+        self._num_allowed: int | None = None  # None: any number
 
     def hold(self) -> None:
         """Let no step begin any more."""
-        self._is_open = False
+        with self._changed:
+            self._num_allowed = 0
 
     def allow(self, num_steps: int) -> None:
-        """Let this many steps run."""
-        self._permits.release(num_steps)
+        """Let this many more steps run."""
+        with self._changed:
+            assert self._num_allowed is not None, "hold() comes first"
+            self._num_allowed += num_steps
+            self._changed.notify()
 
     def open(self) -> None:
-        """Let all run, those that wait included."""
-        self._is_open = True
-        self._permits.release(1_000_000)
+        """Let all run, one that waits included."""
+        with self._changed:
+            self._num_allowed = None
+            self._changed.notify()
 
     def __call__(self, plan: StepPlan) -> None:
         """Wait for leave; on the engine's thread."""
-        if not self._is_open:
-            assert self._permits.acquire(timeout=PATIENCE_S), "no test let the step run"
+        with self._changed:
+            has_leave = self._changed.wait_for(lambda: self._num_allowed != 0, PATIENCE_S)
+            assert has_leave, "no test let the step run"
+            if self._num_allowed is not None:
+                self._num_allowed -= 1
 
 
 class RecordedEngine:
@@ -276,7 +284,7 @@ async def read(call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateRe
     """Read a stream to its end; raises what it ends with."""
     async with asyncio.timeout(PATIENCE_S):
         messages = []
-        while (message := await call.read()) is not grpc.aio.EOF:
+        while isinstance(message := await call.read(), pb.GenerateResponse):
             messages.append(message)
         return Answer(messages)
 

@@ -196,7 +196,9 @@ def _end_time(context: _Context) -> float | None:
         return None
     if remaining_s <= 0:
         raise DeadlineExceeded("the deadline had passed when the request arrived")
-    return asyncio.get_running_loop().time() + max(remaining_s - deadline_margin_s(remaining_s), 0.0)
+    return asyncio.get_running_loop().time() + max(
+        remaining_s - deadline_margin_s(remaining_s), 0.0
+    )
 
 
 def deadline_margin_s(remaining_s: float) -> float:

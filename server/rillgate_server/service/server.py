@@ -41,6 +41,9 @@ def _options(config: GatewayConfig) -> list[tuple[str, int]]:
         # A caller that vanished without a word is noticed after keepalive_s + keepalive_timeout_s.
         ("grpc.keepalive_time_ms", round(config.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(config.keepalive_timeout_s * 1000)),
+        # A ping's own timeout is another setting, 60 s unless said otherwise, and while a ping is
+        # under way it is the one that counts (seen with grpcio 1.85 behind a silent proxy).
+        ("grpc.http2.ping_timeout_ms", round(config.keepalive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         # 0 = any number: without it, gRPC stops pinging while it sends no data, as before the
         # first token of a long prompt.
