@@ -1,6 +1,6 @@
 """A continuation at any cut emits exactly what follows: E(all) minus E(given)."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
 
@@ -34,7 +34,7 @@ def base_request(**fields: object) -> pb.GenerateRequest:
 
 
 def continued(
-    message: pb.GenerateRequest, started: pb.Started, given: dict[int, Sequence[int]]
+    message: pb.GenerateRequest, started: pb.Started, given: Mapping[int, Sequence[int]]
 ) -> pb.GenerateRequest:
     """Build the request that goes on from these tokens."""
     again = pb.GenerateRequest()
@@ -59,7 +59,7 @@ def text_of(message: pb.GenerateRequest, token_ids: Sequence[int]) -> tuple[str,
 
 
 def check_follows(
-    message: pb.GenerateRequest, whole: Answer, rest: Answer, given: dict[int, Sequence[int]]
+    message: pb.GenerateRequest, whole: Answer, rest: Answer, given: Mapping[int, Sequence[int]]
 ) -> None:
     """Check that given and rest together are the whole: ids, text, logprobs, end and usage."""
     for choice in range(message.sampling.n):
