@@ -3,6 +3,7 @@
 Does not know who started it (a supervisor or a person).
 """
 
+import gc
 import logging
 import os
 import sys
@@ -32,6 +33,9 @@ def run_replica(settings: Settings, model_dir: Path) -> int:
         raise ConfigError("replica.socket is empty; allowed: the path of a Unix socket")
     worker = _load_worker(settings, model_dir)
     num_blocks = _allocate_cache(settings, worker)
+    # What is loaded stays: the collector need not walk it in the middle of a step, nor at the end,
+    # where it took a second for torch's and transformers' objects.
+    gc.freeze()
     spec = replace(worker.spec, name=settings.model.name or worker.spec.name)
     return serve_engine(settings, spec, num_blocks, worker)
 

@@ -1,0 +1,190 @@
+"""`rillgate serve` as its users run it: real processes, the bundled model, signals and crashes."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from rillgate_proto.v1 import inference_pb2 as pb
+from rillgate_proto.v1 import inference_pb2_grpc
+
+DEADLINE_S = 60.0
+"""For a start that imports torch, on a machine that may be busy."""
+
+_READY = re.compile(r"rillgate: serving demo .* on (\S+) \(ready after")
+
+
+class Server:
+    """A running `rillgate serve`, and what it has written."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._changed = asyncio.Condition()
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        while line := await self.process.stderr.readline():
+            async with self._changed:
+                self.lines.append(line.decode().rstrip())
+                self._changed.notify_all()
+
+    async def wait_line(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        """Wait for a line on stderr."""
+        async with asyncio.timeout(DEADLINE_S), self._changed:
+            while True:
+                for line in self.lines:
+                    if match := pattern.search(line):
+                        return match
+                await self._changed.wait()
+
+    def children(self) -> dict[str, psutil.Process]:
+        """Map command -> process."""
+        found = psutil.Process(self.process.pid).children()
+        return {child.cmdline()[3]: child for child in found}
+
+    async def wait_exit(self) -> int:
+        """Wait for the end, and for its last line."""
+        code = await asyncio.wait_for(self.process.wait(), DEADLINE_S)
+        await asyncio.wait_for(self._reader, DEADLINE_S)
+        return code
+
+
+@contextlib.asynccontextmanager
+async def serve(*flags: str) -> AsyncIterator[Server]:
+    """Start `rillgate serve` on a free port, and leave nothing behind."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "rillgate_server.cli", "serve", "--listen", "127.0.0.1:0"),
+        *flags,
+        stderr=PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield Server(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+class Caller:
+    """Calls Generate, and tells how each call ended."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = inference_pb2_grpc.InferenceStub(channel)
+
+    async def count_tokens(self, num_tokens: int, first: asyncio.Event | None = None) -> int:
+        """Ask for `num_tokens`; set `first` when one has arrived."""
+        request = pb.GenerateRequest(
+            prompt="What is 12 + 30?",
+            stopping=pb.StoppingParams(max_tokens=num_tokens, ignore_eos=True),
+        )
+        num_received = 0
+        async for response in self._stub.Generate(request):
+            num_received += sum(len(output.token_ids) for output in response.outputs)
+            if num_received and first is not None:
+                first.set()
+        return num_received
+
+    async def begin(self, num_calls: int, num_tokens: int) -> "list[asyncio.Task[int]]":
+        """Start calls and wait until each has a token."""
+        firsts = [asyncio.Event() for _ in range(num_calls)]
+        calls = [asyncio.create_task(self.count_tokens(num_tokens, first)) for first in firsts]
+        async with asyncio.timeout(DEADLINE_S):
+            for first in firsts:
+                await first.wait()
+        return calls
+
+
+async def code_of(call: Awaitable[int]) -> grpc.StatusCode:
+    """Return how a call ended."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+@pytest.mark.timeout(300)  # four starts of processes, two of which import torch
+async def test_crashes_are_survived_and_sigterm_drains() -> None:
+    """One server's life: an answer, a killed replica, a killed gateway, SIGTERM under load."""
+    async with serve() as server:
+        address = (await server.wait_line(_READY)).group(1)
+        async with grpc.aio.insecure_channel(address) as channel:
+            caller = Caller(channel)
+            assert await caller.count_tokens(20) == 20
+            await _survives_kill_of_the_replica(server, caller)
+            await _survives_kill_of_the_gateway(server, caller)
+            await _drains(server, caller)
+        assert not [line for line in server.lines if "Traceback" in line]
+
+
+async def _survives_kill_of_the_replica(server: Server, caller: Caller) -> None:
+    """Every stream gets UNAVAILABLE within a second; the gateway's process stays."""
+    calls = await caller.begin(8, 1500)
+    before = server.children()
+    before["replica"].kill()
+    async with asyncio.timeout(1.0):
+        codes = {await code_of(call) for call in calls}
+    assert codes == {grpc.StatusCode.UNAVAILABLE}
+    assert await code_of(caller.count_tokens(1)) in codes
+    await server.wait_line(re.compile("the replica died .killed by SIGKILL"))
+    await server.wait_line(re.compile("the replica serves again"))
+    await _until(caller, grpc.StatusCode.OK)
+    assert server.children()["gateway"].pid == before["gateway"].pid
+
+
+async def _survives_kill_of_the_gateway(server: Server, caller: Caller) -> None:
+    """The replica's process stays, with nothing running; the port is the same."""
+    calls = await caller.begin(2, 1500)
+    before = server.children()
+    before["gateway"].kill()
+    assert {await code_of(call) for call in calls} == {grpc.StatusCode.UNAVAILABLE}
+    await server.wait_line(re.compile("the gateway serves again"))
+    await _until(caller, grpc.StatusCode.OK)
+    assert server.children()["replica"].pid == before["replica"].pid
+
+
+async def _drains(server: Server, caller: Caller) -> None:
+    """Open streams get all of their tokens, a new call UNAVAILABLE; exit 0, nobody is left."""
+    calls = await caller.begin(4, 300)
+    children = server.children()
+    server.process.send_signal(signal.SIGTERM)
+    await _until(caller, grpc.StatusCode.UNAVAILABLE)
+    assert [await call for call in calls] == [300] * 4
+    assert await server.wait_exit() == 0
+    assert not [child for child in children.values() if child.is_running()]
+
+
+async def _until(caller: Caller, wanted: grpc.StatusCode) -> None:
+    """Call until the answer is `wanted`; until then it must be the other of OK and UNAVAILABLE."""
+    async with asyncio.timeout(DEADLINE_S):
+        while (code := await code_of(caller.count_tokens(1))) is not wanted:
+            assert code in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
+
+
+async def test_a_bad_checkpoint_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """No traceback, no second line, no child left."""
+    async with serve("--model", str(tmp_path)) as server:
+        assert await server.wait_exit() == 2
+        (line,) = server.lines
+        assert line == f"rillgate: {tmp_path} has no config.json"
+
+
+async def test_a_cache_that_does_not_fit_says_needed_and_free() -> None:
+    """The replica finds out, the supervisor ends with its line and exit code 2."""
+    async with serve("--set", f"cache.memory_bytes={1 << 49}") as server:
+        assert await server.wait_exit() == 2
+        said = [line for line in server.lines if line.startswith("rillgate: ")]
+        assert len(said) == 1
+        assert re.search(r"needs 524288\.00 GiB .* free: \d+\.\d\d GiB", said[0])
