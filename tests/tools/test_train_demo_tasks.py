@@ -115,26 +115,31 @@ def test_sorting_removes_one_number_a_line_until_none_is_left() -> None:
     """The chosen heads of the lines, in turn, are the sorted answer; nothing is lost on the way."""
     for question in drawn("sorting"):
         first, *lines = question.reasoning.split("\n")
-        entries = re.findall(r"[A-F]\d{3}", first)
+        entries = re.findall(r"\d{3}[A-F]", first)
         heads = []
         for line in lines:
-            now = re.findall(r"[A-F]\d{3}", line)
+            now = re.findall(r"\d{3}[A-F]", line)
             assert sorted(now) == sorted(entries)
             heads.append(now[0])
             entries = now[1:]
         assert not entries
-        assert "Sorted: " + ", ".join(str(int(head[1:])) for head in heads) == question.answer
+        assert "Sorted: " + ", ".join(str(int(head[:-1])) for head in heads) == question.answer
 
 
 def test_comparing_verdict_is_the_first_difference() -> None:
     """The overall sign is the sign of the first pair that is not equal, and fits the answer."""
     for question in drawn("comparing"):
-        pairs, _, verdict = question.reasoning.split("\n")[1].rpartition(":")
+        pairs, _, decided = question.reasoning.split("\n")[1].rpartition(":")
+        verdict, chosen = decided[0], decided[1:]
         signs = [sign for sign in pairs[2::3] if sign != "="]
         assert verdict == (signs[0] if signs else "=")
         for x, y, sign in zip(pairs[0::3], pairs[1::3], pairs[2::3], strict=True):
             assert sign == ("=" if x == y else "<" if x < y else ">")
         assert (verdict == "=") == ("equal" in question.answer)
+        if verdict != "=":
+            first, second = NUMBER.findall(question.prompt)
+            assert question.answer.startswith(first if chosen == "a" else second)
+            assert ("min" in question.reasoning) == ("smaller" in question.answer)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)

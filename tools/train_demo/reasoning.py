@@ -77,15 +77,19 @@ def reversing(word: str) -> str:
 
 
 def sorting(numbers: Sequence[int], *, descending: bool) -> str:
-    """Select the next number and write the rest again, until nothing is left."""
+    """Select the next number and write the rest again, until nothing is left.
+
+    The label stands behind its number: written first, it would need the whole choice at once,
+    while digits from the left narrow the choice one by one.
+    """
     rest = [
-        label + str(number).zfill(MAX_LIST_DIGITS)
+        str(number).zfill(MAX_LIST_DIGITS) + label
         for label, number in zip(LABELS, numbers, strict=False)
     ]
     lines = [("down " if descending else "up ") + "".join(rest)]
     while rest:
         # The first of equal numbers goes first, in both directions.
-        chosen = (max if descending else min)(rest, key=lambda entry: entry[1:])
+        chosen = (max if descending else min)(rest, key=lambda entry: entry[:-1])
         rest.remove(chosen)
         lines.append(f"{chosen}:" + "".join(rest))
     return "\n".join(lines)
@@ -97,7 +101,10 @@ def padded_decimal(text: str) -> str:
     return f"{whole.zfill(MAX_DIGITS)}.{decimals.ljust(MAX_DECIMALS, '0')}"
 
 
-def comparing(first: str, second: str) -> str:
-    """Pad both numbers to the same places, compare place by place, then give the verdict."""
+def comparing(first: str, second: str, *, smaller: bool) -> str:
+    """Say what is asked, pad and compare place by place, give the verdict and the chosen one."""
     a, b = padded_decimal(first), padded_decimal(second)
-    return f"{a} {b}\n{_pairwise_verdicts(a, b)}:{_overall_verdict(a, b)}"
+    verdict = _overall_verdict(a, b)
+    chosen = "=" if verdict == "=" else "a" if (verdict == "<") == smaller else "b"
+    asked = "min" if smaller else "max"
+    return f"{asked} {a} {b}\n{_pairwise_verdicts(a, b)}:{verdict}{chosen}"

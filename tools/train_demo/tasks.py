@@ -146,7 +146,9 @@ def _comparing(rng: random.Random) -> Question:
         answer = f"{high} is larger than {low}."
     content = "comparing " + " ".join(sorted(map(reasoning.padded_decimal, (a, b))))
     prompt = rng.choice(templates).format(a=a, b=b)
-    return Question("comparing", prompt, reasoning.comparing(a, b), answer, content)
+    return Question(
+        "comparing", prompt, reasoning.comparing(a, b, smaller=smaller), answer, content
+    )
 
 
 _MAKERS: dict[str, Callable[[random.Random], Question]] = {  # task name -> maker of one question
