@@ -10,19 +10,20 @@ from collections.abc import Mapping, Sequence
 from rillgate.bench.measure import Sample
 from rillgate.bench.summary import Percentiles, Row
 
+# ttft: time to first token; tpot: time per output token after the first; medians first.
 HEADERS = (
     "load",
-    "requests",
+    "sent",
     "failed",
-    "output tok/s",
-    "ttft ms p50",
+    "out tok/s",
+    "ttft ms",
     "p90",
     "p99",
-    "tpot ms p50",
+    "tpot ms",
     "p90",
     "p99",
     "cached",
-    "preempted",
+    "preempt",
 )
 
 

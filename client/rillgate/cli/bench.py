@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--plot needs matplotlib: {error}") from error
     source = _Source(args, _find_model(args))
     loads = args.request_rate or args.concurrency
-    _measure(args, source.requests(args.warmup, "warmup"), args.warmup, None, "warm-up")
+    _measure(args, source.requests(args.warmup, "warmup"), args.warmup, None, "0 (warm-up)")
     results = [_run_series(args, source, load) for load in loads]
     rows = [row for row, _ in results]
     print_table(HEADERS, [cells(row) for row in rows])
@@ -170,7 +170,7 @@ def _measure(
 ) -> list[Sample]:
     plan = plan_channel(targets(args), client_config(args))
     series = Series(requests, max_concurrency, arrivals_s, args.model)
-    with progress_bar(len(requests), label) as bar:
+    with progress_bar(len(requests), f"load {label}") as bar:
         return asyncio.run(measure(plan, series, bar.advance))
 
 

@@ -14,7 +14,7 @@ from rillgate.cli.arguments import (
     connect,
     generation_options,
 )
-from rillgate.cli.terminal import AnswerWriter, dim
+from rillgate.cli.terminal import AnswerWriter, dim, no_answer_reason
 from rillgate.errors import RillgateError
 from rillgate.sync_client import Client
 from rillgate.types import ChatMessage, GenerateOptions
@@ -67,7 +67,8 @@ class _Chat:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()
             except EOFError:
-                _note("")
+                if sys.stdin.isatty():
+                    print()
                 return 0
             except KeyboardInterrupt:
                 _note("\n/quit or Ctrl-D leaves.")
@@ -93,6 +94,8 @@ class _Chat:
                     writer.write(chunk)
                     answer.append(chunk.text)
             writer.end()
+            if not any(answer):
+                _note(f"no answer: {no_answer_reason(stream.collect())}; the question is forgotten")
         except KeyboardInterrupt:
             writer.end()
             _note("stopped" if any(answer) else "stopped; this question is forgotten")

@@ -18,7 +18,7 @@ from rillgate.cli.arguments import (
     connect,
     generation_options,
 )
-from rillgate.cli.terminal import AnswerWriter, dim, numbers_line
+from rillgate.cli.terminal import AnswerWriter, dim, no_answer_reason, numbers_line
 from rillgate.sync_client import Client
 from rillgate.types import ChatMessage, GenerateOptions, Generation, Prompt
 
@@ -98,10 +98,14 @@ def _stream(client: Client, prompt: Prompt, options: GenerateOptions, show: bool
                 writer.write(chunk)
         finally:
             writer.end()
-        reason = stream.collect().finish_reason
+        generation = stream.collect()
     if sys.stderr.isatty():
         total_s = time.monotonic() - began_s
-        print(dim(numbers_line(num_tokens, first_s, total_s, reason), sys.stderr), file=sys.stderr)
+        line = numbers_line(num_tokens, first_s, total_s, generation.finish_reason)
+        print(dim(line, sys.stderr), file=sys.stderr)
+    elif not generation.text:
+        # Into a pipe goes the answer alone: without one, say why there is nothing.
+        print(f"rillgate: no answer: {no_answer_reason(generation)}", file=sys.stderr)
 
 
 def _print_choices(generation: Generation, show_reasoning: bool) -> None:

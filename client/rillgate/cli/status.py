@@ -54,21 +54,22 @@ def _print(status: ServerStatus) -> None:
     print(
         f"rillgate {status.server_version}, up {status.uptime_s:.0f} s, "
         f"{status.num_open_requests} open, {status.num_running} running, "
-        f"{status.num_waiting} waiting"
+        f"{status.num_waiting} waiting; cache blocks: {status.num_blocks_used} used, "
+        f"{status.num_blocks_cached} cached, {status.num_blocks_free} free"
     )
     headers = (
         "replica",
         "model",
         "state",
-        "running",
-        "waiting",
-        "blocks used",
+        "run",
+        "wait",
+        "used",
         "cached",
         "free",
-        "prefill tok/s",
+        "tok/s in",
         "step ms",
         "hit %",
-        "preempted",
+        "preempt",
     )
     print_table(headers, [_row(replica) for replica in status.replicas])
 

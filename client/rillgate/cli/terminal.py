@@ -3,13 +3,15 @@
 Owns everything that depends on what the output is: a terminal or not, rich installed or not.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from rillgate.types import Chunk, FinishReason
+from rillgate.types import Chunk, FinishReason, Generation
 
 try:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -18,6 +20,7 @@ except ImportError:  # the base install
     _HAS_RICH = False
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_NUMBER = re.compile(r"[\d.]+(/s)?|-")
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 
 # A model's text goes to a terminal without the bytes that would steer the terminal.
@@ -85,24 +88,31 @@ def numbers_line(num_tokens: int, first_s: float, total_s: float, why: FinishRea
     return f"[{num_tokens} tokens, first after {first_s * 1000:.0f} ms{rate}, {why.value}]"
 
 
-def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Print a table on stdout: numbers to the right, with lines where rich can draw them."""
+def no_answer_reason(generation: Generation) -> str:
+    """Say why an answer has no text."""
+    why = generation.finish_reason.value
+    place = "during the reasoning" if generation.reasoning_text else "at once"
+    return f"it ended {place}, after {len(generation.token_ids)} tokens ({why})"
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout: numbers to the right, drawn by rich where it is there."""
     is_number = [
-        bool(rows) and all(row[column][:1].isdigit() or row[column] == "-" for row in rows)
+        bool(rows) and all(_NUMBER.fullmatch(row[column]) is not None for row in rows)
         for column in range(len(headers))
     ]
-    if _HAS_RICH and sys.stdout.isatty():
-        table = Table(title=title or None, title_justify="left")
-        for header, to_right in zip(headers, is_number, strict=True):
-            table.add_column(header, justify="right" if to_right else "left")
-        for row in rows:
-            table.add_row(*map(printable, row))
-        Console(markup=False, highlight=False).print(table)
-        return
-    lines = [list(headers), *map(list, rows)]
+    lines = [list(headers), *(list(map(printable, row)) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
-    if title:
-        print(title)
+    if _HAS_RICH and sys.stdout.isatty():
+        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+        for header, to_right in zip(headers, is_number, strict=True):
+            table.add_column(header, justify="right" if to_right else "left", no_wrap=True)
+        for line in lines[1:]:
+            table.add_row(*line)
+        # Wide enough for everything: a narrow terminal wraps lines, but no number is cut.
+        width = max(Console().width, sum(widths) + 3 * len(widths))
+        Console(width=width, markup=False, highlight=False).print(table)
+        return
     for line in lines:
         cells = [
             cell.rjust(width) if to_right else cell.ljust(width)

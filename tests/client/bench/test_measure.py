@@ -115,7 +115,7 @@ def test_the_command_prints_rows_and_writes_json_and_png(
     )
     assert done.returncode == 0, done.stderr
     header, *lines = done.stdout.splitlines()
-    assert "output tok/s" in header
+    assert "out tok/s" in header
     assert [line.split()[:3] for line in lines] == [["1", "5", "0"], ["3", "5", "0"]]
     rows = json.loads(report.read_text())["rows"]
     assert [(row["label"], row["output_tokens"]) for row in rows] == [("1", 30), ("3", 30)]

@@ -39,6 +39,15 @@ def test_generate_prints_the_answer_alone_into_a_pipe(server: FakeServer) -> Non
     assert server.requests[0].options == {"temperature": 0.0}
 
 
+def test_generate_says_why_a_pipe_stays_empty(server: FakeServer) -> None:
+    """A limit that falls into the reasoning leaves no answer; stderr says so."""
+    server.reply(FakeReply("42", reasoning_text="6 x 7"))
+    done = _run("generate", "p", "--max-tokens", "3", target=server.target)
+    assert (done.returncode, done.stdout) == (0, "")
+    message = "it ended during the reasoning, after 3 tokens (length)"
+    assert done.stderr == f"rillgate: no answer: {message}\n"
+
+
 def test_generate_takes_its_prompt_raw_or_from_stdin_and_a_system_message(
     server: FakeServer,
 ) -> None:
