@@ -1,0 +1,105 @@
+"""The server's commands: flags become settings, and what the operator can mend is one line."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rillgate_server.cli.__main__ import main
+from rillgate_server.cli.commands import add_commands
+from rillgate_server.cli.model_source import resolve_model
+from rillgate_server.config.groups import ModelConfig
+from rillgate_server.config.settings import bundled_model_dir
+from rillgate_server.errors import CheckpointError
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody wait for the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("serve", "--listen", "nowhere"), "gateway.listen is 'nowhere'; allowed: HOST:PORT"),
+        (("serve", "--set", "batcher.max_running=0"), "batcher.max_running is 0; allowed: 1 to"),
+        (("serve", "--set", "batcher.max_runing=1"), "batcher.max_runing is no setting; allowed"),
+        (("serve", "--set", "max_running"), "--set is 'max_running'; allowed: GROUP.FIELD=VALUE"),
+        (("serve", "--config", "/nothing.toml"), "/nothing.toml cannot be read"),
+        (("serve", "--model", "/nothing/here"), "model.path is '/nothing/here'; allowed: a ch"),
+        (("serve", "--model", "nobody/nothing"), "'nobody/nothing' is no directory here, and the"),
+        (("replica",), "replica.socket is empty; allowed: a path"),
+        (("gateway",), "replica.socket is empty; allowed: a path"),
+    ],
+    ids=lambda it: " ".join(it)[:40] if isinstance(it, tuple) else None,
+)
+def test_what_the_operator_can_mend_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No traceback; field, value and what is allowed."""
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_checkpoint_without_a_file_is_named_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The directory and the file that it lacks."""
+    assert main(("serve", "--model", str(tmp_path))) == 2
+    assert f"{tmp_path} has no config.json" in capsys.readouterr().err
+
+
+def test_help_shows_the_commands_and_hides_the_supervisors_own() -> None:
+    """People see serve and replica. Run as a process, as people do."""
+    text = subprocess.run(
+        [sys.executable, "-m", "rillgate_server.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    assert "serve" in text
+    assert "replica" in text
+    assert "gateway" not in text.replace("one gateway and one replica", "")
+
+
+def test_serve_help_names_the_ways_to_set_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags, environment, file."""
+    with pytest.raises(SystemExit):
+        main(("serve", "--help"))
+    text = capsys.readouterr().out
+    for part in ("--listen", "--model", "--config", "RILLGATE_GROUP__FIELD", "--set"):
+        assert part in text
+
+
+def test_commands_fit_under_another_parser() -> None:
+    """The base package's command takes them in by their entry point."""
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    args = parser.parse_args(["serve", "--listen", "0.0.0.0:7", "--set", "cache.memory_bytes=5"])
+    assert callable(args.run)
+    assert args.listen == "0.0.0.0:7"
+
+
+def test_no_model_means_the_bundled_one() -> None:
+    """It is served by its directory's name."""
+    assert resolve_model(ModelConfig()) == (bundled_model_dir(), "demo")
+
+
+def test_a_directory_is_served_under_its_name_or_the_one_given(tmp_path: Path) -> None:
+    """A trailing slash or a relative path changes nothing."""
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert resolve_model(ModelConfig(path=f"{folder}/")) == (folder, "my-model")
+    assert resolve_model(ModelConfig(path=str(folder), name="r1")) == (folder, "r1")
+
+
+def test_a_hub_id_without_a_network_is_a_clear_error() -> None:
+    """It says that it is no directory, and what the hub's library said."""
+    with pytest.raises(CheckpointError, match=r"no directory here, and the hub did not give it"):
+        resolve_model(ModelConfig(path="nobody/nothing"))
