@@ -78,10 +78,11 @@ class PendingOutput:
 
     def add(self, step_id: int, entry: StepEntry) -> None:
         """Keep one entry of a step; tokens are appended to those of the choice that wait."""
-        self._step_id = step_id
         if isinstance(entry, ChoiceTokens):
-            self._add_tokens(entry)
-        elif isinstance(entry, ChoiceFinished):
+            self.add_tokens(step_id, entry, entry.request_id)
+            return
+        self._step_id = step_id
+        if isinstance(entry, ChoiceFinished):
             self._finished.append(entry)
         elif isinstance(entry, RequestStarted):
             self._started.append(entry)
@@ -90,8 +91,13 @@ class PendingOutput:
         else:
             self._failed.append(entry)
 
-    def _add_tokens(self, tokens: ChoiceTokens) -> None:
-        key = (tokens.request_id, tokens.choice_index)
+    def add_tokens(self, step_id: int, tokens: ChoiceTokens, request_id: int) -> None:
+        """Append tokens to those of the choice that wait, under the id that `take` shall give.
+
+        The hot one: with a parameter for the id, no entry is copied to rename its request.
+        """
+        self._step_id = step_id
+        key = (request_id, tokens.choice_index)
         pending = self._tokens.get(key)
         if pending is None:
             pending = self._tokens[key] = _PendingTokens(tokens.token_offset)

@@ -101,14 +101,18 @@ class RunStream:
 
     def add(self, step_id: int, request: OpenRequest, entry: StepEntry) -> None:
         """Keep an entry of a step for one of this stream's requests, and strike what it ends."""
-        if isinstance(entry, ChoiceTokens | ChoiceFinished):
+        key = request.request_key
+        if isinstance(entry, ChoiceTokens):
+            if entry.choice_index in request.open_choices:  # else aborted
+                self._pending.add_tokens(step_id, entry, key)
+            return
+        if isinstance(entry, ChoiceFinished):
             if entry.choice_index not in request.open_choices:
-                return  # aborted
-            if isinstance(entry, ChoiceFinished):
-                self.close_choices(request, (entry.choice_index,))
+                return
+            self.close_choices(request, (entry.choice_index,))
         elif isinstance(entry, RequestFailed):
             self.close_choices(request)
-        self._pending.add(step_id, replace(entry, request_id=request.request_key))
+        self._pending.add(step_id, replace(entry, request_id=key))
 
     def add_rejected(self, rejected: RequestRejected) -> None:
         """Keep an answer that names a key which is not (or no longer) in the books."""
