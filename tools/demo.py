@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,10 @@ _ANSWER_TIMEOUT_S = 60.0
 _LOG_LINES = 15
 _MAX_TOKENS = 512  # right answers take some 200; a model that rambles should not hold up the show
 _STATUS_PERIOD_S = 0.3  # replicas report every 0.2 s
+
+
+# The bundled model is what the command serves by default.
+SERVE = (str(Path(sys.executable).parent / "rillgate"), "serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,11 @@ def free_address() -> str:
 
 
 @contextlib.contextmanager
-def served() -> Iterator[str]:
-    """Run `rillgate serve` with the bundled model; give its address; stop it at the end."""
+def served(serve: Sequence[str]) -> Iterator[str]:
+    """Run the command `serve --listen ADDRESS`; give the address; stop it at the end."""
     address = free_address()
-    command = [str(Path(sys.executable).parent / "rillgate"), "serve", "--listen", address]
-    print(dim("$ " + " ".join(["rillgate", *command[1:]]), sys.stdout), flush=True)
+    command = [*serve, "--listen", address]
+    print(dim("$ " + " ".join([Path(command[0]).name, *command[1:]]), sys.stdout), flush=True)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         # In a session of its own, so that Ctrl-C reaches this process alone, which stops it.
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -176,10 +180,10 @@ def show_numbers(client: Client, asked: list[Asked]) -> None:
     )
 
 
-def main() -> int:
-    """Run the demo; return the exit status."""
+def main(serve: Sequence[str] = SERVE) -> int:
+    """Run the demo with the server that `serve` starts; return the exit status."""
     try:
-        with served() as address, Client(address) as client:
+        with served(serve) as address, Client(address) as client:
             asked = [ask(client, question) for question in QUESTIONS]
             show_numbers(client, asked)
     except (ServerFailedError, RillgateError) as error:

@@ -97,13 +97,14 @@ class FakeServer:
     def __init__(
         self,
         *,
+        port: int = 0,
         num_threads: int = 64,
         tokens_per_message: int = 1,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         """Make a server, which starts with the `with` block; one thread per open stream.
 
-        `credentials`: speak TLS, as grpc.ssl_server_credentials says.
+        `port`: 0 takes a free one. `credentials`: speak TLS, as grpc.ssl_server_credentials says.
         """
         self.requests: list[FakeRequest] = []
         self._tokens_per_message = tokens_per_message
@@ -114,13 +115,13 @@ class FakeServer:
         self._num_releases = 0
         self._is_ready = True
         self._server = grpc.server(ThreadPoolExecutor(num_threads), handlers(self))
-        address = "127.0.0.1:0"
-        port = (
+        address = f"127.0.0.1:{port}"
+        bound_port = (
             self._server.add_insecure_port(address)
             if credentials is None
             else self._server.add_secure_port(address, credentials)
         )
-        self.target = f"127.0.0.1:{port}"
+        self.target = f"127.0.0.1:{bound_port}"
 
     def __repr__(self) -> str:
         """Show where it listens and what it holds."""
