@@ -55,14 +55,14 @@ class AnswerWriter:
         if chunk.reasoning_text and self._show_reasoning:
             self._wrote_reasoning = True
             self._put(dim(self._clean(chunk.reasoning_text), sys.stdout), chunk.reasoning_text)
-        if chunk.text:
-            text = chunk.text
-            if self._wrote_reasoning and not self._wrote_answer:
-                text = text.lstrip("\n")
+        # Models put their own number of newlines between the two: one empty line stands for all.
+        text = chunk.text if self._wrote_answer else chunk.text.lstrip("\n")
+        if text and not self._wrote_answer:
+            self._wrote_answer = True
+            if self._wrote_reasoning:
                 self._end_line()
                 self._put("\n", "\n")
-            self._wrote_answer = self._wrote_answer or bool(text)
-            self._put(self._clean(text), text)
+        self._put(self._clean(text), text)
 
     def end(self) -> None:
         """Finish the last line."""

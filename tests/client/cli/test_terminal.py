@@ -22,7 +22,7 @@ def test_the_answer_stands_apart_from_the_reasoning(
     for chunk in (
         _chunk(reasoning="Let me"),
         _chunk(reasoning=" see.\n"),
-        _chunk(text="\n" if show_reasoning else ""),
+        _chunk(text="\n"),
         _chunk(text="It is"),
         _chunk(text=" 42."),
     ):
