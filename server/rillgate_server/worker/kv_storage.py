@@ -9,6 +9,7 @@ each plan, and what is free or shared is decided elsewhere.
 
 import math
 from dataclasses import dataclass
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ class KVStorage:
             raise OutOfMemory(f"a cache of {num_blocks} blocks", needed_bytes, free_bytes)
         self.layout = layout
         self.num_blocks = num_blocks
-        self._bytes = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8)
+        # torch.zeros would write every page at once: seconds, and memory that nobody may ever use.
+        pages = mmap(-1, needed_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        self._bytes = torch.frombuffer(pages, dtype=torch.uint8).view(num_blocks, -1)
         self.layers = tuple(
             LayerCache(
                 self._tokens(layer.segments[0]),
