@@ -31,6 +31,7 @@ SERVES = """
         sys.exit(0)
     signal.signal(signal.SIGTERM, end)
     write("started")
+    print("PROGRESS 1 2", flush=True)
     print("READY", log.stem, flush=True)
     while True:
         signal.pause()
@@ -59,6 +60,8 @@ class Stage:
         self.log = directory / "log.txt"
         self.log.touch()
         self.said: list[str] = []
+        self.progress: list[tuple[int, int]] = []
+        self.texts: dict[str, str] = {}
         self.ready = asyncio.Event()
         specs = []
         for name, script in scripts.items():
@@ -71,9 +74,14 @@ class Stage:
         self.supervisor = Supervisor(
             specs,
             RestartPolicy(first_delay_s=0.01, longest_delay_s=0.02, max_quick_crashes=3),
-            lambda texts: self.ready.set(),
+            self._note_ready,
             self.said.append,
+            lambda done, total: self.progress.append((done, total)),
         )
+
+    def _note_ready(self, texts: dict[str, str]) -> None:
+        self.texts = texts
+        self.ready.set()
 
     def lines(self, name: str) -> list[tuple[str, int]]:
         """Return (word, pid) per line of a child's log."""
@@ -107,6 +115,8 @@ async def test_children_start_say_ready_and_stop_in_reverse_order(tmp_path: Path
     assert gateway_end < (tmp_path / "replica.log").stat().st_mtime_ns
     assert not psutil.pid_exists(gateway_pid)
     assert stage.said == []
+    assert stage.texts == {"replica": "replica", "gateway": "gateway"}
+    assert stage.progress == [(1, 2), (1, 2)]
 
 
 async def test_a_killed_child_is_started_again_and_the_other_goes_on(tmp_path: Path) -> None:

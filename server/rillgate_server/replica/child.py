@@ -1,8 +1,10 @@
 """One child process of the supervisor: started by exec, listened to, stopped.
 
-Owns the process, its READY line and its last lines of stderr. A child says READY once, on stdout,
-and what follows the word is for people. Does not know what the child does, nor when to start it
-again (the supervisor does).
+Owns the process, the words it says on stdout and its last lines of stderr. Does not know what the
+child does, nor when to start it again (the supervisor does).
+
+    PROGRESS DONE TOTAL     bytes, while it loads
+    READY TEXT              once it serves; the text is for people
 """
 
 import asyncio
@@ -10,14 +12,17 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 READY = "READY"
-"""What a child's line on stdout begins with once it serves."""
+PROGRESS = "PROGRESS"
+SUPERVISED = "RILLGATE_SUPERVISED"
+"""In a child's environment: somebody reads PROGRESS lines and shows them."""
 
 _LEASH = Path(__file__).with_name("leash.py")
 _NUM_LAST_LINES = 20
@@ -41,12 +46,19 @@ class ChildSpec:
 class Child:
     """A started child.
 
-    State: the process, `ready` (the text after READY), the last lines of its stderr.
+    State: the process, `ready` (the text after READY, and when it came), the last lines of stderr.
     """
 
-    def __init__(self, spec: ChildSpec, process: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self,
+        spec: ChildSpec,
+        process: asyncio.subprocess.Process,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
         """Use `start`."""
         self.spec = spec
+        self.ready_at_s: float | None = None
+        self._on_progress = on_progress
         self.ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.last_lines: deque[str] = deque(maxlen=_NUM_LAST_LINES)
         self._process = process
@@ -59,17 +71,19 @@ class Child:
         return f"Child({self.spec.name}, pid={self.pid}, exit_code={self._process.returncode})"
 
     @classmethod
-    async def start(cls, spec: ChildSpec) -> "Child":
+    async def start(
+        cls, spec: ChildSpec, on_progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> "Child":
         """Start the process: on a leash, and out of the terminal's Ctrl-C (we pass it on)."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", str(_LEASH), str(os.getpid()), *spec.command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, **spec.environment},
+            env={**os.environ, **spec.environment, SUPERVISED: "1"},
             process_group=0,
         )
-        return cls(spec, process)
+        return cls(spec, process, on_progress)
 
     @property
     def pid(self) -> int:
@@ -109,8 +123,13 @@ class Child:
     async def _read_stdout(self) -> None:
         assert self._process.stdout is not None
         async for line in _lines(self._process.stdout):
-            if line.split(maxsplit=1)[:1] == [READY] and not self.ready.done():
-                self.ready.set_result(line.removeprefix(READY).strip())
+            word, _, rest = line.partition(" ")
+            if word == READY and not self.ready.done():
+                self.ready_at_s = time.monotonic()
+                self.ready.set_result(rest)
+            elif word == PROGRESS:
+                done, _, total = rest.partition(" ")
+                self._on_progress(int(done), int(total))
             else:
                 _pass_on(line, sys.stdout)
 

@@ -47,7 +47,7 @@ def _load_worker(settings: Settings, model_dir: Path) -> Worker:
         num_threads=settings.replica.num_threads or len(os.sched_getaffinity(0)),
         block_size_tokens=settings.cache.block_size_tokens,
     )
-    with loading_progress(sys.stderr) as on_progress:
+    with loading_progress(sys.stdout, sys.stderr) as on_progress:
         worker = Worker.load(model_dir, options, on_progress)
     _log.info("loaded %s in %.1f s", model_dir, time.monotonic() - started_s)
     return worker

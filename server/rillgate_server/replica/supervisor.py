@@ -24,6 +24,7 @@ from rillgate_server.config.groups import MAX_SOCKET_PATH_BYTES
 from rillgate_server.config.settings import Settings
 from rillgate_server.errors import ConfigError
 from rillgate_server.replica.child import Child, ChildSpec, describe_exit
+from rillgate_server.replica.progress import shown_progress
 from rillgate_server.replica.restarts import RestartPolicy
 
 EXIT_OPERATOR = 2
@@ -56,12 +57,17 @@ class Supervisor:
         policy: RestartPolicy,
         on_ready: Callable[[dict[str, str]], None],
         say: Callable[[str], None],
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Supervise `specs`, stopped from last to first; `on_ready` gets name -> READY's text."""
+        """Supervise `specs`, stopped from last to first.
+
+        `on_ready` gets name -> READY's text, `on_progress` the bytes that a child has loaded.
+        """
         self._specs = specs
         self._policy = policy
         self._on_ready = on_ready
         self._say = say
+        self._on_progress = on_progress
         self._living: dict[str, Child] = {}  # name -> child
         self._ready_texts: dict[str, str] = {}  # name -> text of its first READY
         self._pinned: dict[str, dict[str, str]] = {}  # name -> environment of its next lives
@@ -110,9 +116,8 @@ class Supervisor:
         """Start a child, again and again; returns when stopping, raises GaveUp."""
         quick_crashes = 0
         while not self._stop.is_set():
-            started_s = time.monotonic()
             pinned = {**spec.environment, **self._pinned.get(spec.name, {})}
-            child = await Child.start(replace(spec, environment=pinned))
+            child = await Child.start(replace(spec, environment=pinned), self._on_progress)
             self._living[spec.name] = child
             if self._stop.is_set():  # told so while the process was being made
                 child.kill()
@@ -123,7 +128,8 @@ class Supervisor:
                 return
             if code == EXIT_OPERATOR:
                 raise GaveUp(EXIT_OPERATOR)
-            quick_crashes = self._policy.count(quick_crashes, time.monotonic() - started_s)
+            served_s = 0.0 if child.ready_at_s is None else time.monotonic() - child.ready_at_s
+            quick_crashes = self._policy.count(quick_crashes, served_s)
             delay_s = self._policy.delay_s(quick_crashes)
             if delay_s is None:
                 raise GaveUp(EXIT_CRASHED, _epitaph(child, code, quick_crashes))
@@ -184,11 +190,12 @@ async def _supervise(settings: Settings) -> int:
         # A gateway that took a free port comes back on the same one.
         supervisor.pin("gateway", {"RILLGATE_GATEWAY__LISTEN": texts["gateway"]})
 
-    supervisor = Supervisor(_children(settings), RestartPolicy(), on_ready, _say)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, supervisor.request_stop)
-    return await supervisor.run()
+    with shown_progress(sys.stderr) as show:
+        supervisor = Supervisor(_children(settings), RestartPolicy(), on_ready, _say, show)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, supervisor.request_stop)
+        return await supervisor.run()
 
 
 def _children(settings: Settings) -> tuple[ChildSpec, ...]:
