@@ -17,6 +17,7 @@ def test_status_and_last_line(tmp_path: Path, lint_passes: bool, tests_pass: boo
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     (tmp_path / "Makefile").write_text(
+        "setup:\n\t@true\n"
         f"lint:\n\t@{'true' if lint_passes else 'false'}\n"
         f"test:\n\t@echo closing line; {'true' if tests_pass else 'false'}\n"
     )
