@@ -82,6 +82,10 @@ def _options(config: ClientConfig) -> Options:
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.keepalive_time_ms", round(config.keepalive_time_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(config.keepalive_timeout_s * 1000)),
+        # A ping has a timeout of its own, 60 s unless said otherwise, which would count instead;
+        # and without "any number" (0) gRPC stops pinging a server that is slow to answer.
+        ("grpc.http2.ping_timeout_ms", round(config.keepalive_timeout_s * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
         # A connection that was lost is tried again within seconds, not after gRPC's two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),

@@ -4,6 +4,7 @@ Owns one channel. Knows nothing of messages (`_convert_*`) and of what a stream 
 (`_accumulate`). One client serves any number of threads.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -133,10 +134,13 @@ class Client:
         cancels what is under way.
         """
         streams: set[GenerationStream] = set()
+        is_failed = threading.Event()
 
         def run_one(prompt: Prompt) -> Generation:
             with self.stream(prompt, **options) as stream:
                 streams.add(stream)
+                if is_failed.is_set():  # too late to be among those that are closed below
+                    stream.close()
                 try:
                     return stream.collect()
                 finally:
@@ -155,6 +159,7 @@ class Client:
                         future.result()
                     bar.advance(len(done))
             except BaseException:
+                is_failed.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 for stream in tuple(streams):
                     stream.close()

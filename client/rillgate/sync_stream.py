@@ -128,4 +128,6 @@ class GenerationStream:
             if not self._closed.wait(wait_s):
                 self._call = self._open_call(self._retry.remaining_s())
                 self._messages = iter(self._call)
+                if self._closed.is_set():  # meanwhile: `close` cancelled the call before this one
+                    self._call.cancel()
         return None

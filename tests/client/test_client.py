@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import threading
+import time
 
 import pytest
 
@@ -15,6 +16,7 @@ from rillgate.errors import (
 )
 from rillgate.testing import FakeError, FakeReply, FakeServer
 from rillgate.types import ChatMessage, Chunk, FinishReason
+from tests.client.silent_proxy import SilentProxy
 
 _REPLY = FakeReply("4ü2", reasoning_text="6 × 7")
 _TOKENS = tuple("6 × 74ü2".encode())
@@ -294,3 +296,20 @@ def test_a_broken_stream_can_be_continued_with_every_token_once(
     assert tuple(i for chunk in received for i in chunk.token_ids) == _TOKENS
     assert "".join(chunk.text for chunk in received) == "4ü2"
     assert "".join(chunk.reasoning_text for chunk in received) == "6 × 7"
+
+
+def test_a_server_that_falls_silent_is_noticed_by_keepalive(server: FakeServer) -> None:
+    """No deadline is needed: an unanswered ping breaks the stream, which can be continued."""
+    server.reply(FakeReply("abc", hold_after=1))
+    config = ClientConfig(keepalive_time_s=1, keepalive_timeout_s=1)
+    with SilentProxy(server.target) as proxy, Client(proxy.target, config) as client:
+        stream = client.stream("p")
+        assert next(stream).token_ids == (97,)
+        proxy.fall_silent()
+        began_s = time.monotonic()
+        with pytest.raises(UnavailableError):
+            next(stream)
+        assert time.monotonic() - began_s < 20  # far below gRPC's own minute, far above 2 s
+        continuation = stream.continuation()
+        assert continuation is not None
+        assert continuation.choices[0].token_ids == (97,)
