@@ -22,7 +22,8 @@ from typing import TextIO
 READY = "READY"
 PROGRESS = "PROGRESS"
 SUPERVISED = "RILLGATE_SUPERVISED"
-"""In a child's environment: somebody reads PROGRESS lines and shows them."""
+"""In a child's environment: somebody reads PROGRESS lines and shows them, and passes stderr on to a
+`terminal` or a `log`."""
 
 _LEASH = Path(__file__).with_name("leash.py")
 _NUM_LAST_LINES = 20
@@ -80,7 +81,7 @@ class Child:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, **spec.environment, SUPERVISED: "1"},
+            env={**os.environ, **spec.environment, SUPERVISED: _destination()},
             process_group=0,
         )
         return cls(spec, process, on_progress)
@@ -138,6 +139,11 @@ class Child:
         async for line in _lines(self._process.stderr):
             self.last_lines.append(line)
             _pass_on(line, sys.stderr)
+
+
+def _destination() -> str:
+    """Say where a child's lines end up, which it cannot see."""
+    return "terminal" if sys.stderr.isatty() else "log"
 
 
 def describe_exit(code: int) -> str:

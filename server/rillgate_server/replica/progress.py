@@ -49,8 +49,8 @@ def shown_progress(stream: TextIO) -> Iterator[ProgressCallback]:
     task = progress.add_task("")
 
     def show(done: int, total: int) -> None:
-        progress.start()
         progress.update(task, completed=done, total=total)
+        progress.start()
         if done >= total:
             progress.stop()
 

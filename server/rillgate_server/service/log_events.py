@@ -6,6 +6,7 @@ say; nobody logs prompt or answer text.
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -59,7 +60,9 @@ class TextFormatter(logging.Formatter):
 def configure_logging(level: str) -> None:
     """Send this process's log to stderr: text on a terminal, JSON lines elsewhere."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(TextFormatter() if sys.stderr.isatty() else JsonFormatter())
+    # A child's stderr is its supervisor's pipe; the supervisor says whether it has a terminal.
+    is_terminal = sys.stderr.isatty() or os.environ.get("RILLGATE_SUPERVISED") == "terminal"
+    handler.setFormatter(TextFormatter() if is_terminal else JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
