@@ -202,3 +202,33 @@ def test_serve_says_what_to_install_where_the_server_is_not(
     message = capsys.readouterr().err
     assert "pip install 'rillgate[server]'" in message
     assert "no_such_server_module" in message
+
+
+def _run_without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as if a package were not installed."""
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; "
+        "from rillgate.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_commands_need_no_rich(server: FakeServer) -> None:
+    """The base install has none; tables are plain then."""
+    done = _run_without("rich", "models", "--target", server.target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1].split()[0] == "fake"
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_sent(server: FakeServer) -> None:
+    """Nobody measures for an hour and then learns that nothing can be drawn."""
+    done = _run_without("matplotlib", "bench", "--plot", "x.png", "--target", server.target)
+    assert done.returncode == 2
+    assert "--plot needs matplotlib" in done.stderr
+    assert server.requests == []
