@@ -50,6 +50,8 @@ class Series:
     arrivals_s: Sequence[float] | None = None
     """When each may go, from the start; None: at once."""
     model: str = ""
+    timeout_s: float | None = None
+    """Deadline of each request; it is part of what the server schedules by."""
 
 
 async def measure(
@@ -118,7 +120,7 @@ class _Run:
         usage = inference_pb2.Usage()
         error = ""
         try:
-            async for response in self._call(message):
+            async for response in self._call(message, timeout=self._series.timeout_s):
                 num_new = sum(len(output.token_ids) for output in response.outputs)
                 if num_new:
                     now_s = self._now_s()

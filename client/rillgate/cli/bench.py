@@ -42,7 +42,14 @@ _MIN_REQUESTS = 10
 
 def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
-    parser = subparsers.add_parser("bench", help="measure a running server", description=__doc__)
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure a running server",
+        description="Load a running server and report output tokens per second (from the first "
+        "send to the last token), time to first token (ttft) and time per output token after the "
+        "first (tpot): median, p90, p99. Prompts are random token ids that the server has not "
+        "seen before, unless a dataset is given; each series has a row.",
+    )
     load = parser.add_argument_group("load")
     load.add_argument(
         "--concurrency",
@@ -57,9 +64,18 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="R,…",
         help="instead: requests per second on average, at random times, one series each",
     )
-    load.add_argument("--prompt-tokens", type=_positive_int, default=128, metavar="N")
-    load.add_argument("--output-tokens", type=_positive_int, default=64, metavar="N")
-    load.add_argument("--num-requests", type=_positive_int, metavar="N", help="per series")
+    load.add_argument(
+        "--prompt-tokens", type=_positive_int, default=128, metavar="N", help="default: 128"
+    )
+    load.add_argument(
+        "--output-tokens", type=_positive_int, default=64, metavar="N", help="default: 64"
+    )
+    load.add_argument(
+        "--num-requests",
+        type=_positive_int,
+        metavar="N",
+        help="per series (default: 4 rounds, at least 10; or the dataset's)",
+    )
     load.add_argument(
         "--dataset",
         type=Path,
@@ -69,7 +85,11 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     load.add_argument("--ignore-eos", action="store_true", help="with --dataset: full lengths")
     load.add_argument(
-        "--warmup", type=_positive_int, default=1, metavar="N", help="requests sent before"
+        "--warmup",
+        type=_positive_int,
+        default=1,
+        metavar="N",
+        help="requests sent before, not measured (default: 1)",
     )
     load.add_argument("--seed", type=int, default=0, metavar="N", help="of the arrival times")
     load.add_argument("--model", default="", help="one of `rillgate models`")
@@ -168,8 +188,9 @@ def _measure(
     arrivals_s: Sequence[float] | None,
     label: str,
 ) -> list[Sample]:
-    plan = plan_channel(targets(args), client_config(args))
-    series = Series(requests, max_concurrency, arrivals_s, args.model)
+    config = client_config(args)
+    plan = plan_channel(targets(args), config)
+    series = Series(requests, max_concurrency, arrivals_s, args.model, config.timeout_s)
     with progress_bar(len(requests), f"load {label}") as bar:
         return asyncio.run(measure(plan, series, bar.advance))
 

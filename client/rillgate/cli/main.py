@@ -40,7 +40,11 @@ def main(
     `installed`: where the server's commands come from; None: the entry points that are installed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser(given, installed).parse_args(given)
+    parser = _parser(given, installed)
+    if not given:
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(given)
     try:
         status_code: int | None = args.run(args)
         sys.stdout.flush()

@@ -80,6 +80,15 @@ async def test_requests_go_at_their_arrival_times(server: FakeServer) -> None:
     assert samples[3].sent_s < (samples[0].last_token_s or 0.0)
 
 
+async def test_every_request_carries_the_deadline(server: FakeServer) -> None:
+    """A server that schedules by deadlines is measured with them; one that hangs is left."""
+    server.reply(FakeReply("abc", hold_after=1))
+    series = Series([BenchRequest("p", 3, False)], max_concurrency=1, timeout_s=0.3)
+    (sample,) = await measure(_plan(server), series)
+    assert sample.error.startswith("DEADLINE_EXCEEDED")
+    assert sample.num_output_tokens == 1
+
+
 async def test_a_refusal_is_a_sample_and_is_not_tried_again(server: FakeServer) -> None:
     """Errors and what came before them are recorded; cache hits and preemptions too."""
     server.reply(
