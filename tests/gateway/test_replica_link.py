@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.replica.engine_server import (
     read_all,
     serving,
     socket_directory,
+    wait_until,
 )
 
 
@@ -125,3 +127,65 @@ async def test_a_closed_stream_aborts_its_request(link: ReplicaLink, socket: Pat
         assert engine.aborts == [(request_id, ())]
         service.on_event(StepOutput(1, tokens=(ChoiceTokens(request_id, 0, 0, (7,)),)))
         assert service.num_open_requests == 0
+
+
+async def test_a_replica_of_another_protocol_is_not_used(socket: Path, link: ReplicaLink) -> None:
+    """Its version is read from its Welcome, and the reason says both."""
+    service, engine = make_service(welcome=replace(WELCOME, protocol_version=2)), ScriptedEngine()
+    service.attach(engine)
+    async with serving(service, socket):
+        with pytest.raises(NoReplica, match=r"speaks version 2 .* this gateway version 1"):
+            await link.wait_ready(0.5)
+        assert not link.is_ready
+
+
+async def test_a_gateway_may_refuse_a_replica(socket: Path) -> None:
+    """The caller's reason is told to who waits; nothing is submitted."""
+    service, engine = make_service(), ScriptedEngine()
+    service.attach(engine)
+    link = ReplicaLink(f"unix:{socket}", refuse=lambda welcome: f"{welcome.model} is not ours")
+    async with serving(service, socket):
+        await link.start()
+        with pytest.raises(NoReplica, match="fake is not ours"):
+            await link.wait_ready(0.5)
+        with pytest.raises(NoReplica):
+            link.submit(make_submission())
+        await link.close()
+
+
+async def test_events_that_arrived_before_the_loss_are_read_first(
+    link: ReplicaLink, socket: Path
+) -> None:
+    """Tokens that were on this side stay; only then the stream says that the replica is gone."""
+    service, engine = make_service(), ScriptedEngine()
+    service.attach(engine)
+    async with serving(service, socket):
+        await link.wait_ready(DEADLINE_S)
+        streams = [link.submit(make_submission()) for _ in range(2)]
+        await engine.wait_until(lambda: len(engine.requests) == 2)
+        ids = [request.request_id for request in engine.requests]
+        step = tuple(ChoiceTokens(request_id, 0, 0, (7,)) for request_id in ids)
+        service.on_event(StepOutput(1, tokens=step))
+        assert await next_events(streams[1])  # so the same message has reached the other, too
+        service.close()
+        with pytest.raises(NoReplica):
+            await next_events(streams[1])
+        assert await next_events(streams[0]) == [ChoiceTokens(streams[0].request_key, 0, 0, (7,))]
+        with pytest.raises(NoReplica):
+            await next_events(streams[0])
+
+
+async def test_the_load_is_kept_up_to_date_and_silence_is_noticed(
+    link: ReplicaLink, socket: Path
+) -> None:
+    """What the replica last said is at hand; a link without a replica counts as lost."""
+    assert not link.is_ready
+    service, engine = make_service(load_interval_s=0.01), ScriptedEngine()
+    service.attach(engine)
+    async with serving(service, socket):
+        await link.wait_ready(DEADLINE_S)
+        link.submit(make_submission())
+        await wait_until(lambda: link.load is not None and link.load.num_running == 1)
+        await wait_until(lambda: not link.is_lost)
+    await wait_until(lambda: link.is_lost)
+    assert link.load is None

@@ -119,7 +119,8 @@ async def serving(service: EngineService, socket: Path) -> AsyncIterator[grpc.ai
 
 def make_service(**options: object) -> EngineService:
     """Build a service for SPEC; the caller attaches an engine."""
-    return EngineService(SPEC.eos_token_ids, WELCOME, SystemClock(), **options)  # type: ignore[arg-type]
+    welcome = options.pop("welcome", WELCOME)
+    return EngineService(SPEC.eos_token_ids, welcome, SystemClock(), **options)  # type: ignore[arg-type]
 
 
 def make_submission(*prompt: int, **fields: object) -> Submission:
@@ -150,3 +151,10 @@ async def read_all(stream: ReplicaStream) -> list[Event]:
 async def wait_for(task: "asyncio.Task[None]") -> None:
     """Wait within the deadline."""
     await asyncio.wait_for(task, DEADLINE_S)
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll what no event tells, within the deadline."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.01)

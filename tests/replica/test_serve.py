@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable
@@ -179,6 +180,16 @@ async def test_a_bad_checkpoint_is_one_line_and_exit_code_2(tmp_path: Path) -> N
         assert await server.wait_exit() == 2
         (line,) = server.lines
         assert line == f"rillgate: {tmp_path} has no config.json"
+
+
+async def test_a_port_in_use_is_one_line_and_exit_code_2() -> None:
+    """The gateway finds out; the replica, still loading, is not left behind."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with serve("--listen", address) as server:
+            assert await server.wait_exit() == 2
+            (line,) = server.lines
+            assert line.startswith(f"rillgate: gateway.listen is '{address}'")
 
 
 async def test_a_cache_that_does_not_fit_says_needed_and_free() -> None:

@@ -223,3 +223,13 @@ def test_the_restart_policy_doubles_and_gives_up() -> None:
     assert [policy.delay_s(n) for n in range(5)] == [0.1, 0.1, 0.2, 0.3, None]
     assert policy.count(2, 9.9) == 3
     assert policy.count(2, 10.1) == 0
+
+
+def test_the_supervisor_needs_neither_torch_nor_grpc() -> None:
+    """What it imports, directly or through others, is free of both."""
+    code = (
+        "import sys, rillgate_server.replica.supervisor; "
+        "sys.exit(len({'torch', 'transformers', 'grpc'} & set(sys.modules)))"
+    )
+    done = subprocess.run((sys.executable, "-c", code), timeout=DEADLINE_S, check=False)
+    assert done.returncode == 0

@@ -201,7 +201,11 @@ async def _supervise(settings: Settings) -> int:
 def _children(settings: Settings) -> tuple[ChildSpec, ...]:
     """Describe the children, in the order of their start."""
     command = (sys.executable, "-m", "rillgate_server.cli")
-    environment = settings.to_environment()
+    environment = {
+        # gRPC's C core writes lines of its own beside the errors that it also raises.
+        "GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "NONE"),
+        **settings.to_environment(),
+    }
     return (
         ChildSpec(
             "replica",
