@@ -215,6 +215,25 @@ async def test_a_wrong_submission_is_rejected_and_its_neighbours_live(socket: Pa
         run.cancel()
 
 
+async def test_bytes_that_are_no_command_end_their_stream_alone(socket: Path) -> None:
+    """The stream that sent them is over, with its requests; its neighbour does not notice."""
+    async with started(socket) as setup, grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+        neighbour = setup.stub.Run()
+        neighbour_id = await setup.submit(neighbour, 1)
+        raw: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(
+            "/rillgate.v1.Engine/Run"
+        )()
+        await raw.write(submit_command(1, make_submission()).SerializeToString())
+        await setup.engine.wait_until(lambda: len(setup.engine.requests) == 2)
+        await raw.write(b"\xff\xff\xff")
+        await setup.engine.wait_until(lambda: bool(setup.engine.aborts))
+        assert setup.engine.aborts == [(setup.engine.requests[1].request_id, ())]
+        assert await asyncio.wait_for(raw.code(), DEADLINE_S) is not grpc.StatusCode.OK
+        setup.service.on_event(StepOutput(1, tokens=(tokens(neighbour_id, 0, 5),)))
+        assert (await read(neighbour)).step_output.token_ids == [5]
+        neighbour.cancel()
+
+
 async def test_the_engine_s_refusal_reaches_the_stream(socket: Path) -> None:
     """Numbers and retry come along, and the request is closed."""
     async with started(socket) as setup:

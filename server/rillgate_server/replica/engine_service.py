@@ -160,9 +160,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             asyncio.create_task(stream.overflowed.wait()),
             asyncio.create_task(self._closing.wait()),
         ]
-        _, writer, overflow, closing = tasks
+        reader, _, overflow, _ = tasks
         try:
-            await asyncio.wait((writer, overflow, closing), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if done == {reader} and reader.exception() is None:  # half-closed: the rest goes on
+                await asyncio.wait(tasks[1:], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
