@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--plot needs matplotlib: {error}") from error
     source = _Source(args, _find_model(args))
     loads = args.request_rate or args.concurrency
-    _measure(args, source.requests(args.warmup, "warmup"), args.warmup, None, "0 (warm-up)")
+    _measure(args, source.warmup(args.warmup), args.warmup, None, "0 (warm-up)")
     results = [_run_series(args, source, load) for load in loads]
     rows = [row for row, _ in results]
     print_table(HEADERS, [cells(row) for row in rows])
@@ -145,6 +145,10 @@ class _Source:
                 self._dataset = load_dataset(args.dataset, args.output_tokens, args.ignore_eos)
             except (OSError, ValueError) as error:
                 raise UsageError(str(error)) from error
+
+    def warmup(self, num: int) -> list[BenchRequest]:
+        """Make requests that are not measured; never the dataset's, which would then be cached."""
+        return self._random.requests(num, "warmup")
 
     def requests(self, num: int, series: str) -> list[BenchRequest]:
         if not self._dataset:

@@ -138,3 +138,26 @@ def test_the_command_prints_rows_and_writes_json_and_png(
 def test_a_plot_is_drawn_of_rows_without_numbers_too() -> None:
     """A series in which everything failed does not break the picture of the others."""
     assert draw_png([summarize("1", [])], "concurrency").startswith(b"\x89PNG")
+
+
+def test_a_datasets_requests_are_each_sent_once_and_none_warms_up(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    """A prompt that had warmed up the server would find itself in the cache."""
+    dataset = tmp_path / "data.jsonl"
+    dataset.write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(5)))
+    command = [str(Path(sys.executable).parent / "rillgate"), "bench", "--concurrency", "2"]
+    done = subprocess.run(
+        [*command, "--target", server.target, "--dataset", str(dataset)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    warmup, *measured = server.requests
+    assert warmup.token_ids
+    assert sorted(str(request.prompt) for request in measured) == [
+        f"question {i}" for i in range(5)
+    ]
+    assert all(request.options == {"max_tokens": 64} for request in measured)
