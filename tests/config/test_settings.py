@@ -1,5 +1,7 @@
 """Settings: three sources in order, and errors that name field, value and limit."""
 
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,18 @@ def test_settings_are_frozen() -> None:
 def test_the_bundled_model_is_found_in_a_checkout() -> None:
     """Without --model, the model that ships with Rillgate is served."""
     assert (bundled_model_dir() / "tokenizer.json").is_file()
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    """docs/configuration.md has a row per field, and no row for a field that is gone."""
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+\.\w+)` \| (\S+) \|", text, re.MULTILINE))
+    defaults = {
+        f"{group}.{field}": value
+        for group, info in Settings.model_fields.items()
+        for field, value in asdict(info.default).items()
+    }
+    assert rows.keys() == defaults.keys()
+    for name, value in defaults.items():
+        written = str(value).lower() if isinstance(value, bool) else str(value)
+        assert rows[name] == ("unset" if value in ("", None) else f"`{written}`"), name

@@ -23,6 +23,7 @@ from rillgate_server.config.settings import bundled_model_dir
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.clock import SystemClock
 from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.request import Request
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import RowPlan, StepPlan
 from rillgate_server.core.welcome import Welcome
@@ -85,15 +86,20 @@ class Pace:
 
 
 class RecordedEngine:
-    """An engine handle that remembers the aborts that reached the engine."""
+    """An engine handle that remembers what reached the engine."""
 
     def __init__(self, loop: EngineLoop) -> None:
         self._loop = loop
-        self.submit = loop.submit
+        self.num_submitted = 0
         self.drain = loop.drain
         self.load = loop.load
         self.aborts: list[tuple[int, ...]] = []
         self.has_aborted = asyncio.Event()
+
+    def submit(self, request: Request) -> None:
+        """Pass it on, and count it."""
+        self._loop.submit(request)
+        self.num_submitted += 1
 
     def abort(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
         """Pass it on, and remember the choices."""

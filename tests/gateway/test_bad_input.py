@@ -13,7 +13,9 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from rillgate_proto.v1 import control_pb2
 from rillgate_proto.v1 import inference_pb2 as pb
+from rillgate_server.config.groups import BatcherConfig
 from tests.gateway.stack import (
     PATIENCE_S,
     Stack,
@@ -211,7 +213,7 @@ async def stack() -> AsyncIterator[Stack]:
         yield it
 
 
-async def refusal(call: "asyncio.Future[object]") -> tuple[grpc.aio.AioRpcError, status_pb2.Status]:
+async def refusal(call: "asyncio.Future[Any]") -> tuple[grpc.aio.AioRpcError, status_pb2.Status]:
     """Wait for the error that a call ends with."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
@@ -272,22 +274,38 @@ async def test_every_bad_request_is_refused_while_a_neighbour_runs_on_untouched(
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "field", "says"),
     [
-        b"\x12\x03\xff\xfe\xfd",  # field 2, prompt: three bytes that are no UTF-8
-        b"\x12\x20abc",  # a length beyond the end
-        b"\xff\xff\xff",
+        (b"\x12\x04a\xff\xfe\xfd", "prompt", "4 bytes that are no UTF-8 from byte 1 on"),
+        (
+            pb.GenerateRequest(chat=chat("user", "world").chat)
+            .SerializeToString()
+            .replace(b"world", b"\xe4\xb8\xe4\xb8\x96"),
+            "chat.messages[1].role",
+            "5 bytes that are no UTF-8 from byte 0 on",
+        ),
+        (
+            request(stopping__stop_strings=["ok", "stop"])
+            .SerializeToString()
+            .replace(b"stop", b"st\xc3("),
+            "stopping.stop_strings[1]",
+            "from byte 2 on",
+        ),
+        (b"\x12\x20abc", "request", "5 bytes that are no message (field 2 ends 29 bytes too soon)"),
+        (b"\xff\xff\xff", "request", "3 bytes that are no message (a number at byte 0 has no end)"),
     ],
-    ids=["invalid UTF-8", "truncated", "garbage"],
+    ids=["prompt", "nested", "repeated", "truncated", "garbage"],
 )
-async def test_bytes_that_are_no_message_are_the_callers_error(stack: Stack, data: bytes) -> None:
-    """They give INVALID_ARGUMENT with the details of any bad request, not INTERNAL."""
+async def test_bytes_that_are_no_message_are_the_callers_error(
+    stack: Stack, data: bytes, field: str, says: str
+) -> None:
+    """They give INVALID_ARGUMENT that names the field, not INTERNAL."""
     raw: Any = stack.channel.unary_stream(METHOD)
     error, status = await refusal(asyncio.ensure_future(read(raw(data))))
     assert error.code() is INVALID
-    assert named_field(status) == "request"
-    assert f"{len(data)} bytes" in (error.details() or "")
-    assert "UTF-8" in (error.details() or "")
+    assert named_field(status) == field
+    assert says in (error.details() or "")
+    assert "valid UTF-8" in (error.details() or "")
 
 
 async def test_a_message_over_the_size_limit_is_refused_with_both_sizes() -> None:
@@ -341,3 +359,30 @@ async def test_a_row_that_fails_in_the_engine_ends_its_request_alone() -> None:
         assert error.code() is grpc.StatusCode.INTERNAL
         assert "secret" not in (error.details() or "")
         assert (await healthy).token_ids() == expected_tokens(stack, [1, 2, 3], 8)
+
+
+async def test_a_full_queue_refuses_with_the_time_to_come_again() -> None:
+    """RESOURCE_EXHAUSTED with RetryInfo and the numbers; who is queued is served."""
+    batcher = BatcherConfig(max_running=1, max_waiting_requests=1)
+    async with running_stack(batcher=batcher) as stack:
+        stack.pace.hold()
+        calls = [
+            asyncio.create_task(generate(stack, request(tokens=[i, 2, 3]))) for i in range(1, 6)
+        ]
+        async with asyncio.timeout(PATIENCE_S):
+            while stack.replica.engine.num_submitted < len(calls):
+                await stack.control.GetStatus(control_pb2.GetStatusRequest())
+        stack.pace.open()
+        await asyncio.wait(calls, timeout=PATIENCE_S)
+        refused = [call for call in calls if call.exception() is not None]
+        # One ran, one waited; how many came before the first began to run is a race.
+        assert 2 <= len(refused) <= 4
+        for call in refused:
+            error, status = await refusal(call)
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "1" in (error.details() or ""), "the limit"
+            retry = error_details_pb2.RetryInfo()
+            assert any(detail.Unpack(retry) for detail in status.details)
+            assert retry.retry_delay.ToTimedelta().total_seconds() > 0
+        for call in set(calls).difference(refused):
+            assert call.result().finished().usage.completion_tokens == 8

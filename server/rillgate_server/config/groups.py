@@ -49,7 +49,8 @@ class CacheConfig:
     """The key/value cache's device tier."""
 
     memory_bytes: int | None = None
-    """Bytes for the cache; None: a share of the free memory (config.settings resolves it)."""
+    """Bytes for the cache, 64 KiB to 1 PiB; unset: half of the free memory, but no more than the
+    running batch can use."""
     block_size_tokens: int = 16
     """Tokens per block, 1 to 256. Higher: less bookkeeping, coarser prefix hits."""
     prefix_caching: bool = True
@@ -90,7 +91,7 @@ class GatewayConfig:
     listen: str = "127.0.0.1:50051"
     """HOST:PORT; port 0 takes a free one, host 0.0.0.0 or [::] takes calls from everywhere."""
     max_message_bytes: int = 4 << 20
-    """Largest message either way, 1 KiB to 1 GiB. Higher: longer prompts, more memory per call."""
+    """Largest request, 1 KiB to 1 GiB. Higher: longer prompts, more memory per call."""
     keepalive_s: float = 10.0
     """Silence after which a caller is pinged, 0.1 to 7200 s. Higher: a caller that vanished
     without a word holds its blocks for longer."""

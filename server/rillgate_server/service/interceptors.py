@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -20,6 +20,7 @@ from rillgate_server.errors import InvalidRequest
 from rillgate_server.service.call_context import REQUEST_ID_KEY, CallContext
 from rillgate_server.service.log_events import LogValue, log_event
 from rillgate_server.service.status_codes import is_callers_business, status_of
+from rillgate_server.service.wire_faults import wire_fault
 
 _access_log = logging.getLogger("rillgate.access")
 _log = logging.getLogger("rillgate.error")
@@ -31,11 +32,11 @@ _Behaviour = Callable[[Any, _Context], Awaitable[Any]]
 
 
 class _Undecodable:
-    """Stands in for a request whose bytes are no message."""
+    """Stands in for a request whose bytes are no message; says what is wrong with which field."""
 
-    def __init__(self, num_bytes: int, reason: str) -> None:
-        self.num_bytes = num_bytes
-        self.reason = reason
+    def __init__(self, field: str, fault: str) -> None:
+        self.field = field
+        self.fault = fault
 
 
 class CallBorder(grpc.aio.ServerInterceptor):
@@ -77,11 +78,15 @@ class CallBorder(grpc.aio.ServerInterceptor):
 def _tolerant(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Undecodable]:
     """Return bytes that are no message as a value: gRPC would answer INTERNAL to an exception."""
 
+    # The generated code registers `Message.FromString`.
+    # Any: the stubs know neither that nor upb's descriptors.
+    message_class: Any = cast("Any", deserialize).__self__
+
     def deserialize_or_mark(data: bytes) -> Message | _Undecodable:
         try:
             return deserialize(data)
-        except (DecodeError, ValueError) as error:
-            return _Undecodable(len(data), str(error))
+        except (DecodeError, ValueError):
+            return _Undecodable(*wire_fault(data, message_class.DESCRIPTOR))
 
     return deserialize_or_mark
 
@@ -97,8 +102,8 @@ def _guarded(method: str, behaviour: _Behaviour) -> _Behaviour:
         try:
             if isinstance(request, _Undecodable):
                 raise InvalidRequest.of(
-                    "request",
-                    f"{request.num_bytes} bytes that are no message ({request.reason})",
+                    request.field,
+                    request.fault,
                     "the bytes of one protobuf message, valid UTF-8 in its strings",
                 )
             return await behaviour(request, context)
