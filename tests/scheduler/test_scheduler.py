@@ -258,6 +258,26 @@ def test_a_step_that_never_returns_fails_its_requests_and_frees_them() -> None:
     driver.check_idle()
 
 
+def test_slots_that_a_lost_plan_ended_are_ended_again_by_the_next() -> None:
+    """The executor may have raised before it read them, and another choice gets the slot."""
+    driver = Driver(Limits(max_running=2))
+    driver.submit(make_request(1, [7] * 8))
+    driver.submit(make_request(2, [8] * 8, max_tokens=1))
+    driver.step()
+    lost = driver.begin()
+    assert lost is not None
+    assert lost.ended_slots == (1,)
+    driver.answers.take(driver.scheduler.fail_plan("lost", 0.0))
+    for request_id in (3, 4):
+        driver.submit(make_request(request_id, [request_id] * 8))
+    plan = driver.begin()
+    assert plan is not None
+    assert set(plan.ended_slots) == {0, 1}
+    driver.end(plan)
+    driver.run()
+    driver.check_answers()
+
+
 @pytest.mark.parametrize(
     "change",
     [{"step_id": 9}, {"token_ids": ()}, {"token_ids": ((),)}, {"token_ids": ((1, 2),)}],

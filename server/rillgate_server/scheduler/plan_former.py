@@ -44,7 +44,6 @@ class _Draft:
     admitted: list[tuple[Sequence, int]] = field(default_factory=list)
     num_decode_rows: int = 0
     num_prefill_tokens: int = 0
-    has_preempted: bool = False
 
 
 class PlanFormer:
@@ -100,7 +99,6 @@ class PlanFormer:
                 # oldest always gets its block, so somebody always finishes.
                 victim = self._batch.preempt_last()
                 self._queue.push(victim)
-                draft.has_preempted = True
                 if victim is sequence:
                     break
             if new_blocks is not None:
@@ -120,10 +118,11 @@ class PlanFormer:
     def _admit(self, draft: _Draft, budget: int) -> None:
         """Start those who wait, strictly in their order, while slots, blocks and budget last.
 
-        Not in a step that preempted: what it freed belongs to those that run.
+        A victim of this step stands at the head. It needs all of its blocks again and the headroom,
+        so as a rule it waits until somebody has ended.
         """
         batch, queue = self._batch, self._queue
-        while budget > 0 and queue and batch.has_free_slot and not draft.has_preempted:
+        while budget > 0 and queue and batch.has_free_slot:
             sequence = queue.head
             num_hit_tokens = batch.try_start(sequence)
             if num_hit_tokens is None:
