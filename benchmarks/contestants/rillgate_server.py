@@ -40,7 +40,7 @@ class RillgateContestant:
             [
                 *(sys.executable, "-m", "rillgate_server.cli", "serve"),
                 *("--listen", self._target, "--model", self._model_dir),
-                *("--cache-memory-bytes", str(_CACHE_BYTES)),
+                *("--set", f"cache.memory_bytes={_CACHE_BYTES}"),
             ],
             stdout=sys.stderr,
         )
