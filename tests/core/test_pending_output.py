@@ -1,6 +1,6 @@
 """Outputs that wait merge without losing, repeating or reordering anything."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rillgate_server.core.pending_output import (
@@ -20,6 +20,7 @@ from rillgate_server.core.step import (
 )
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.lists(st.tuples(st.integers(1, 3), st.integers(0, 1), st.integers(1, 4)), max_size=30),
     st.sets(st.integers(0, 30)),
