@@ -19,6 +19,7 @@ from rillgate_server.errors import DeadlineExceeded
 from rillgate_server.gateway.inference import InferenceService, deadline_margin_s
 from tests.gateway.stack import (
     PATIENCE_S,
+    Answer,
     Stack,
     expected_tokens,
     generate,
@@ -287,3 +288,33 @@ async def test_without_a_replica_a_request_is_unavailable_at_once(stack: Stack) 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await generate(stack, request())
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+# -- a slow reader --------------------------------------------------------------------------------
+
+
+async def test_a_reader_that_pauses_holds_up_nobody_and_gets_everything_in_fewer_messages(
+    stack: Stack,
+) -> None:
+    """The engine goes on to the end, a neighbour too; what gathered leaves in long messages."""
+    num_tokens, num_choices = 400, 8
+    message = request(
+        tokens=PROMPT,
+        stopping__max_tokens=num_tokens,
+        stopping__ignore_eos=True,
+        sampling__n=num_choices,
+        response__logprobs=1,
+    )
+    slow = stack.inference.Generate(message)
+    first = await slow.read()
+    assert isinstance(first, pb.GenerateResponse)
+    neighbour = await generate(stack, request(tokens=[5, 6]))
+    assert neighbour.token_ids() == expected_tokens(stack, [5, 6], 8)
+    await stack.replica.wait_idle()
+    answer = Answer([first, *(await read(slow)).messages])
+    expected = expected_tokens(stack, PROMPT, num_tokens)
+    for choice in range(num_choices):
+        assert answer.token_ids(choice) == expected
+        assert len(answer.logprobs(choice)) == num_tokens
+    num_outputs = sum(len(it.outputs) for it in answer.messages)
+    assert num_outputs < num_tokens * num_choices / 2
