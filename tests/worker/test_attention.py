@@ -81,7 +81,7 @@ class Scene:
         for start, num_tokens in shape.rows:
             end = start + num_tokens
             own = [blocks.pop() for _ in range(-(-end // shape.block_size))]
-            table = torch.tensor(own + [own[0]] * 60)
+            table = torch.tensor(own + [own[0]] * 900)
             self.rows.append(PackedRow(offset, start, num_tokens, table))
             self.keys.append(draw(end, *key_shape))
             self.values.append(draw(end, *value_shape))
@@ -141,6 +141,37 @@ def test_attention_agrees_with_float64(seed: int) -> None:
 def test_attention_in_bf16_stays_near_float64(seed: int) -> None:
     """The same in bf16, within bf16's precision of values of size one."""
     scene = Scene(random_shape(random.Random(seed)), torch.bfloat16, seed)
+    torch.testing.assert_close(
+        scene.actual(0.3).double(), scene.expected(0.3), rtol=0.05, atol=0.03
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 200])
+@pytest.mark.parametrize("rows", [((0, 300),), ((70, 129), (3, 1), (0, 128)), ((4000, 150),)])
+def test_long_chunks_are_tiled(
+    rows: tuple[tuple[int, int], ...], window: int | None, dtype: torch.dtype
+) -> None:
+    """Chunks of several tiles, contexts on both sides of the limit between the two ways."""
+    scene = Scene(Shape(4, 2, 16, 8, 5, window, rows), dtype, 0)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(
+        scene.actual(0.25).double(), scene.expected(0.25), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_scores_in_the_hundreds_keep_float32s_precision() -> None:
+    """As with Qwen2's biases: rounded to bf16 the scores would be off by one and more."""
+    scene = Scene(Shape(4, 2, 16, 16, 4, None, ((0, 40), (40, 1), (20, 30))), torch.bfloat16, 0)
+    scene.query += 8
+    for keys, row in zip(scene.keys, scene.rows, strict=True):
+        keys += 8
+        cache = scene.storage.layers[1]
+        for position in range(row.start):
+            block = int(row.block_table[position // 4])
+            cache.keys[block, position % 4] = keys[position]
+    scores = scene.query[0, 0].float() @ scene.keys[0][:, 0].float().T * 0.3
+    assert scores.max() > 250
     torch.testing.assert_close(
         scene.actual(0.3).double(), scene.expected(0.3), rtol=0.05, atol=0.03
     )

@@ -1,17 +1,12 @@
-"""Attention over gathered blocks with torch's `scaled_dot_product_attention`; for CPUs.
+"""Attention over gathered blocks with torch's own kernels; for CPUs.
 
-Owns how a step's rows are grouped, gathered and masked. Does not know the model around it.
+Owns how a step's rows are grouped and gathered, and attention of decode rows (attention.chunk has
+that of chunks). Does not know the model around it.
 
 A decode row (one token) reads its whole context for one query, so the cost is the gather: rows of
-similar length share one gather and one call. A chunk row has work enough for calls of its own, and
-when it begins its sequence it needs no gather at all.
-
-Grouped heads never repeat keys or values in memory:
-
-    decode   query  [rows, kv_heads, group, dim]        the group's heads are the "query tokens"
-             keys   [rows, kv_heads, context, dim]
-    chunk    query  [kv_heads, group, tokens, dim]      the kv heads are the "batch"
-             keys   [kv_heads, group (stride 0), context, dim]
+similar length share one gather and one call, in which a group's heads are the "query tokens", so
+that grouped heads never repeat keys or values in memory. A chunk row has work enough for calls of
+its own, and when it begins its sequence it needs no gather at all.
 """
 
 from collections.abc import Sequence
@@ -22,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rillgate_server.worker.attention.base import AttentionStep, PackedRow, PackedStep
+from rillgate_server.worker.attention.chunk import DistanceMasks, attend_chunk, widened
 from rillgate_server.worker.kv_storage import KVStorage, LayerCache
 
 _MAX_WASTED_TOKENS = 1024
@@ -48,35 +44,38 @@ class _Chunk:
     """One row of several tokens."""
 
     row: PackedRow
+    first: int
+    """Position of the first key that is gathered."""
     blocks: Tensor | None
     """[num_blocks], int64; None = the sequence begins here: the new keys are all there is."""
-    mask: Tensor | None
-    """[num_tokens, context], model dtype; None = plainly causal."""
 
 
 @dataclass(frozen=True, slots=True)
 class _WindowPlan:
     """What all layers of one window share."""
 
+    window: int | None
+    masks: DistanceMasks
     decode_groups: tuple[_DecodeGroup, ...]
     chunks: tuple[_Chunk, ...]
 
 
 class SdpaAttention:
-    """The backend: holds the storage, makes a step's attention."""
+    """The backend: holds the storage, makes a step's attention.
+
+    State: masks, which grow with the longest context so far.
+    """
 
     def __init__(self, storage: KVStorage, dtype: torch.dtype) -> None:
         """Attend over `storage`, whose keys and values have the model's `dtype`."""
         self._storage = storage
-        self._dtype = dtype
+        windows = {layer.window_tokens for layer in storage.layout.layers}
+        self._masks = {window: DistanceMasks(window, dtype) for window in windows}
 
     def prepare(self, step: PackedStep) -> AttentionStep:
         """Plan the gathers and masks of each distinct window."""
         layers = self._storage.layout.layers
-        plans = {
-            window: self._plan_window(step, window)
-            for window in {layer.window_tokens for layer in layers}
-        }
+        plans = {window: self._plan_window(step, window) for window in self._masks}
         per_layer = tuple(plans[layer.window_tokens] for layer in layers)
         return _SdpaStep(self._storage.layers, per_layer, step.slot_mapping)
 
@@ -86,6 +85,8 @@ class SdpaAttention:
         all_decode = len(decode_rows) == len(step.rows)
         groups = _group_by_length(decode_rows, block_size, window)
         return _WindowPlan(
+            window,
+            self._masks[window],
             tuple(
                 self._plan_decode(rows, window, in_order=all_decode and len(groups) == 1)
                 for rows in groups
@@ -113,19 +114,16 @@ class SdpaAttention:
         own = torch.tensor([row.start for row in rows])[:, None]
         begin = torch.tensor(firsts)[:, None] * block_size
         seen = begin + torch.arange(num_blocks * block_size)
-        mask = _mask(own, seen, window, torch.float32)[:, None, None]
+        mask = _mask(own, seen, window)[:, None, None]
         offsets = None if in_order else torch.tensor([row.offset for row in rows])
         return _DecodeGroup(offsets, blocks.flatten(), mask)
 
     def _plan_chunk(self, row: PackedRow, window: int | None) -> _Chunk:
-        if row.start == 0 and (window is None or row.num_tokens <= window):
-            return _Chunk(row, None, None)
+        if row.start == 0:
+            return _Chunk(row, 0, None)
         block_size = self._storage.layout.block_size_tokens
         first, last = _block_span(row, block_size, window)
-        end = row.start + row.num_tokens
-        own = torch.arange(row.start, end)[:, None]
-        seen = torch.arange(first * block_size, end)[None]
-        return _Chunk(row, row.block_table[first:last], _mask(own, seen, window, self._dtype))
+        return _Chunk(row, first * block_size, row.block_table[first:last])
 
 
 class _SdpaStep:
@@ -155,11 +153,17 @@ class _SdpaStep:
             output[group.offsets] = _decode(cache, group, query, scaling)
         for chunk in plan.chunks:
             offset, end = chunk.row.offset, chunk.row.offset + chunk.row.num_tokens
-            if chunk.blocks is None:
-                keys, values = key[:, offset:end], value[:, offset:end]
-            else:
-                keys, values = _gather_chunk(cache, chunk)
-            output[offset:end] = _chunk(query[:, offset:end], keys, values, chunk.mask, scaling)
+            keys, values = key[:, offset:end], value[:, offset:end]
+            if chunk.blocks is not None:
+                keys, values = _gather_chunk(cache, chunk, chunk.blocks)
+            output[offset:end] = attend_chunk(
+                query[:, offset:end],
+                keys,
+                values,
+                window=plan.window,
+                masks=plan.masks,
+                scaling=scaling,
+            )
         return output
 
 
@@ -178,61 +182,22 @@ def _decode(cache: LayerCache, group: _DecodeGroup, query: Tensor, scaling: floa
     query = query.transpose(0, 1).reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, dim)
     keys = _gather(cache.key_blocks, group.blocks, (num_rows, -1, *cache.keys.shape[2:]))
     values = _gather(cache.value_blocks, group.blocks, (num_rows, -1, *cache.values.shape[2:]))
-    output = _attention(
+    value_dim = values.shape[-1]
+    output = F.scaled_dot_product_attention(
         query.float(),
         keys.float().transpose(1, 2),
-        values.float().transpose(1, 2),
-        group.mask,
-        scaling,
+        widened(values, dim).float().transpose(1, 2),
+        attn_mask=group.mask,
+        scale=scaling,
     )
-    return output.reshape(num_rows, num_heads, -1).to(query.dtype)
+    return output[..., :value_dim].reshape(num_rows, num_heads, value_dim).to(query.dtype)
 
 
-def _chunk(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float
-) -> Tensor:
-    """Attend for one row of several tokens.
-
-    query: [num_heads, num_tokens, key_dim]; keys, values: [num_kv_heads, context, dim]. Returns
-    [num_tokens, num_heads, value_dim].
-    """
-    num_heads, num_tokens, _ = query.shape
-    group = num_heads // len(keys)
-    output = _attention(
-        query.unflatten(0, (len(keys), group)),
-        keys[:, None].expand(-1, group, -1, -1),
-        values[:, None].expand(-1, group, -1, -1),
-        mask,
-        scaling,
-    )
-    return output.reshape(num_heads, num_tokens, -1).transpose(0, 1)
-
-
-def _attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float
-) -> Tensor:
-    """Call torch's attention; no mask means causal.
-
-    torch's fast path wants values as wide as keys: narrower ones (DeepSeek-V3) get columns of
-    zeros, which costs less than the plain path's [tokens, context] matrix per head.
-    """
-    value_dim = values.shape[-1]
-    values = (
-        F.pad(values, (0, keys.shape[-1] - value_dim)) if value_dim < keys.shape[-1] else values
-    )
-    output = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling
-    )
-    return output[..., :value_dim]
-
-
-def _gather_chunk(cache: LayerCache, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-    """Return keys and values [num_kv_heads, context, dim] of a chunk row."""
-    assert chunk.blocks is not None
-    assert chunk.mask is not None
-    context = chunk.mask.shape[-1]
-    keys = _gather(cache.key_blocks, chunk.blocks, (-1, *cache.keys.shape[2:]))
-    values = _gather(cache.value_blocks, chunk.blocks, (-1, *cache.values.shape[2:]))
+def _gather_chunk(cache: LayerCache, chunk: _Chunk, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values [num_kv_heads, context, dim] of a chunk row, up to its end."""
+    context = chunk.row.start + chunk.row.num_tokens - chunk.first
+    keys = _gather(cache.key_blocks, blocks, (-1, *cache.keys.shape[2:]))
+    values = _gather(cache.value_blocks, blocks, (-1, *cache.values.shape[2:]))
     return keys[:context].transpose(0, 1), values[:context].transpose(0, 1)
 
 
@@ -241,12 +206,12 @@ def _gather(blocks_of_layer: Tensor, blocks: Tensor, shape: tuple[int, ...]) -> 
     return blocks_of_layer.index_select(0, blocks).view(shape)
 
 
-def _mask(own: Tensor, seen: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Return 0 where the position `own` attends to the position `seen`, else -inf."""
+def _mask(own: Tensor, seen: Tensor, window: int | None) -> Tensor:
+    """Return 0 where the position `own` attends to the position `seen`, else -inf. float32."""
     hidden = seen > own
     if window is not None:
         hidden |= seen <= own - window
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
 def _block_span(row: PackedRow, block_size: int, window: int | None) -> tuple[int, int]:

@@ -1,0 +1,33 @@
+"""How much memory is free: the machine's, or what a container's limit leaves."""
+
+from pathlib import Path
+
+import psutil
+
+from rillgate_server.worker.host_memory import available_bytes
+
+
+def test_without_a_limit_the_machine_counts(tmp_path: Path) -> None:
+    """No control group, or one that says `max`."""
+    for text in (None, "max\n"):
+        if text is not None:
+            (tmp_path / "memory.max").write_text(text)
+            (tmp_path / "memory.current").write_text("5\n")
+        free_bytes = available_bytes(tmp_path)
+        assert 0 < free_bytes <= psutil.virtual_memory().total
+
+
+def test_a_containers_limit_counts_without_its_page_cache(tmp_path: Path) -> None:
+    """Limit 100, used 70, of which 20 are file pages that the kernel can drop."""
+    (tmp_path / "memory.max").write_text("100\n")
+    (tmp_path / "memory.current").write_text("70\n")
+    assert available_bytes(tmp_path) == 30
+    (tmp_path / "memory.stat").write_text("anon 40\ninactive_file 15\nactive_file 5\n")
+    assert available_bytes(tmp_path) == 50
+
+
+def test_a_container_over_its_limit_has_nothing_free(tmp_path: Path) -> None:
+    """Never negative."""
+    (tmp_path / "memory.max").write_text("100\n")
+    (tmp_path / "memory.current").write_text("130\n")
+    assert available_bytes(tmp_path) == 0
