@@ -96,6 +96,9 @@ ROWS = {
         (f"{CONTEXT + 5} tokens", f"at most {CONTEXT - 1}", f"the context holds {CONTEXT}"),
     ),
     "long text": Row(request(prompt="x" * 9000), "prompt", ("900", f"holds {CONTEXT}")),
+    "huge text": Row(
+        request(prompt="word " * 600_000), "prompt", ("at least 375000 tokens", f"holds {CONTEXT}")
+    ),
     "token outside the vocabulary": Row(
         request(tokens=[1, 2, VOCABULARY]),
         "token_ids.ids[2]",

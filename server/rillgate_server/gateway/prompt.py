@@ -26,6 +26,12 @@ from rillgate_server.service.generate_call import (
 MAX_INLINE_CHARACTERS = 2000
 """Texts up to this are encoded on the loop: some 0.3 ms, about what a thread's round trip costs."""
 
+MAX_ENCODED_BYTES = 1 << 20
+"""Texts beyond this (half a second of work) are first weighed: a hopeless one is not encoded."""
+_HOPELESS_FACTOR = 4
+"""A text is hopeless when even the longest pieces make this many times the context: a normalizer
+may shrink a text, but not so much."""
+
 _FIELDS: dict[type[PromptInput], str] = {
     TextInput: "prompt",
     ChatInput: "chat.messages",
@@ -66,6 +72,7 @@ async def prepare(call: GenerateCall, model: ServedModel, request_id: str) -> Pr
     """Encode the prompt and fit the call to the model; raises what the caller may see."""
     resumption = call.resumption
     template_time_ms = resumption.template_time_ms if resumption is not None else unix_time_ms()
+    _refuse_hopeless(call.prompt, model)
     token_ids = await encode(call.prompt, model.text, template_time_ms)
     max_tokens = _fit(call, len(token_ids), model.spec.max_context_tokens)
     digest = prompt_digest(token_ids)
@@ -117,16 +124,32 @@ def _num_characters(prompt: TextInput | ChatInput) -> int:
     return sum(len(role) + len(content) for role, content in prompt.messages)
 
 
+def _refuse_hopeless(prompt: PromptInput, model: ServedModel) -> None:
+    """Raise InvalidRequest for a huge text that cannot fit, without encoding it."""
+    if isinstance(prompt, TokenInput) or _num_characters(prompt) <= MAX_ENCODED_BYTES // 4:
+        return
+    texts = [prompt.text] if isinstance(prompt, TextInput) else [it[1] for it in prompt.messages]
+    num_bytes = sum(len(text.encode(errors="replace")) for text in texts)
+    least_tokens = num_bytes // max(map(len, model.text.pieces.pieces))
+    max_context_tokens = model.spec.max_context_tokens
+    if num_bytes > MAX_ENCODED_BYTES and least_tokens > _HOPELESS_FACTOR * max_context_tokens:
+        raise _too_long(prompt, f"at least {least_tokens}", max_context_tokens)
+
+
+def _too_long(prompt: PromptInput, num_tokens: str, max_context_tokens: int) -> InvalidRequest:
+    return InvalidRequest.of(
+        _FIELDS[type(prompt)],
+        f"{num_tokens} tokens",
+        f"at most {max_context_tokens - 1} tokens (the context holds {max_context_tokens}, "
+        f"one of them for the answer)",
+    )
+
+
 def _fit(call: GenerateCall, num_prompt_tokens: int, max_context_tokens: int) -> int:
     """Return the effective max_tokens; raise InvalidRequest for lengths that do not fit."""
     room = max_context_tokens - num_prompt_tokens
     if room < 1:
-        raise InvalidRequest.of(
-            _FIELDS[type(call.prompt)],
-            f"{num_prompt_tokens} tokens",
-            f"at most {max_context_tokens - 1} tokens (the context holds {max_context_tokens}, "
-            f"one of them for the answer)",
-        )
+        raise _too_long(call.prompt, str(num_prompt_tokens), max_context_tokens)
     max_tokens = room if call.max_tokens is None else call.max_tokens
     if max_tokens > room:
         raise InvalidRequest.of(
