@@ -61,6 +61,7 @@ def test_a_missing_tokenizer_matters_only_where_one_is_needed(tmp_path: Path) ->
         (None, 7, (7,)),
         ({"eos_token_id": [8, 9]}, 7, (8, 9)),
         ({"eos_token_id": 0}, 7, (0,)),
+        ({"eos_token_id": [8, 300, -1]}, 7, (8,)),
         ({"temperature": 0.6}, [5, 6], (5, 6)),
         (None, None, ()),
     ],

@@ -220,13 +220,18 @@ def _positive_int(model_dir: Path, config: dict[str, Any], key: str) -> int:
 
 
 def _eos_token_ids(model_dir: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Take generation_config.json's, which chat models extend, before config.json's."""
+    """Take generation_config.json's, which chat models extend, before config.json's.
+
+    Ids outside the vocabulary, which some exports carry over from another tokenizer, can never be
+    sampled and are left out.
+    """
     path = model_dir / "generation_config.json"
     found = _read_json(path).get("eos_token_id") if path.is_file() else None
     if found is None:
         found = config.get("eos_token_id")
     ids = found if isinstance(found, list) else [found]
-    return tuple(int(token_id) for token_id in ids if token_id is not None)
+    vocab_size = _positive_int(model_dir, config, "vocab_size")
+    return tuple(int(i) for i in ids if i is not None and 0 <= int(i) < vocab_size)
 
 
 def _checkpoint_dtype(config: dict[str, Any], headers: list[dict[str, TensorEntry]]) -> str:
