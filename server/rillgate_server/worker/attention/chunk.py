@@ -22,9 +22,8 @@ _TILE_TOKENS = 128
 """Most queries per tile: 64 to 256 measure alike."""
 _MIN_TILE_TOKENS = 16
 _MAX_SCORES = 1 << 19
-"""Scores that a mixed tile holds: 2 MB. Larger buffers leave the second-level cache, and the
-allocator takes them from the system and gives them back each time (5.2 against 1.8 ms at 1.8 MB
-more)."""
+"""Scores that a mixed tile holds: 2 MB, the second-level cache. At twice that a tile was seen to
+take three times as long per query (page faults of buffers that come and go)."""
 _GROWTH_TOKENS = 4096
 """Masks grow by so many columns: 1 MB in bf16, made in some milliseconds."""
 _MAX_MIXED_CONTEXT = 4096
