@@ -203,6 +203,14 @@ ROWS = {
         "continuation.choices[0].token_ids[1]",
         (f"below {VOCABULARY}",),
     ),
+    "continued at a time before 1970": Row(
+        continued(template_time_ms=-1), "continuation.template_time_ms", ("is -1", "0 to 2534")
+    ),
+    "continued at a time after 9999": Row(
+        continued(template_time_ms=253_402_300_800_000),
+        "continuation.template_time_ms",
+        ("is 253402300800000", "0 to 253402300799999"),
+    ),
     "continued with a long id": Row(
         continued(request_id="r" * 129), "continuation.request_id", ("129 bytes", "128")
     ),

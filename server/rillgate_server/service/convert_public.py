@@ -39,6 +39,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_REQUEST_ID_BYTES = 128
+MAX_TEMPLATE_TIME_MS = 253_402_300_799_999
+"""The last millisecond of the year 9999, the last that a template can print."""
 
 _END_TO_WIRE = {
     EndReason.STOP: pb.FINISH_REASON_STOP,
@@ -229,6 +231,10 @@ def _resumption(
         )
     if given.model_version != spec.version_digest:
         raise VersionGone(given.model_version, spec.version_digest)
+    if not 0 <= given.template_time_ms <= MAX_TEMPLATE_TIME_MS:
+        raise InvalidRequest.of(
+            "continuation.template_time_ms", given.template_time_ms, f"0 to {MAX_TEMPLATE_TIME_MS}"
+        )
     seen: set[int] = set()
     choices: list[GivenChoice] = []
     for position, choice in enumerate(given.choices):
