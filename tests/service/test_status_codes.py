@@ -1,7 +1,9 @@
 """The table from errors to status: every class has its row, and details fit into trailers."""
 
+from base64 import b64encode
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -150,3 +152,15 @@ def test_a_status_fits_into_trailers_however_long_its_values(error: RillgateErro
     status = status_of(error, "r" * 128)
     assert status.ByteSize() <= MAX_STATUS_BYTES
     assert status.details
+
+
+def test_an_error_in_any_script_fits_into_trailers_of_8_kib() -> None:
+    """The message stands in the trailers percent-encoded, and again in the details as base64."""
+    emoji = "\N{GRINNING FACE}" * 1000
+    error = InvalidRequest(FieldViolation("chat.messages", emoji, emoji))
+    status = status_of(error, "r" * 128)
+    assert details(status, error_details_pb2.BadRequest).field_violations
+    num_bytes = len(quote(status.message)) + len(b64encode(status.SerializeToString()))
+    assert num_bytes <= 7500, "with 500 for the other trailers"
+    assert status.message.endswith("…")
+    assert "\N{REPLACEMENT CHARACTER}" not in status.message

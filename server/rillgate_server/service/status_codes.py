@@ -29,9 +29,10 @@ from rillgate_server.errors import (
 DOMAIN = "rillgate"
 """Of every ErrorInfo."""
 MAX_STATUS_BYTES = 4096
-"""Of a serialised status: trailers have a limit of 8 KiB, and base64 adds a third."""
-_MAX_MESSAGE_CHARACTERS = 400
-_MAX_FIELD_CHARACTERS = 200
+"""Of a serialised status: trailers have a limit of 8 KiB, and base64 adds a third. The message
+stands in them once more, percent-encoded: three bytes for each that is not ASCII."""
+_MAX_MESSAGE_BYTES = 400
+_MAX_FIELD_BYTES = 200
 
 _Error = TypeVar("_Error", bound=RillgateError)
 _Details = tuple[Message, ...]
@@ -56,7 +57,7 @@ def is_callers_business(error: BaseException) -> bool:
 
 def _build(code: grpc.StatusCode, message: str, details: _Details) -> status_pb2.Status:
     """Pack details in order, the last ones left out when they would make it too big."""
-    status = status_pb2.Status(code=code.value[0], message=_cut(message, _MAX_MESSAGE_CHARACTERS))
+    status = status_pb2.Status(code=code.value[0], message=_cut(message, _MAX_MESSAGE_BYTES))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
@@ -72,9 +73,9 @@ def _bad_request(error: InvalidRequest) -> _Details:
     details = error_details_pb2.BadRequest()
     for violation in error.violations:
         entry = error_details_pb2.BadRequest.FieldViolation(
-            field=_cut(violation.field, _MAX_FIELD_CHARACTERS),
+            field=_cut(violation.field, _MAX_FIELD_BYTES),
             description=_cut(
-                f"is {violation.value}; allowed: {violation.allowed}", 2 * _MAX_FIELD_CHARACTERS
+                f"is {violation.value}; allowed: {violation.allowed}", 2 * _MAX_FIELD_BYTES
             ),
         )
         if details.ByteSize() + entry.ByteSize() > MAX_STATUS_BYTES // 2:
@@ -95,7 +96,7 @@ def _precondition(error: ContinuationMismatch) -> _Details:
     violation = error_details_pb2.PreconditionFailure.Violation(
         type="CONTINUATION_MISMATCH",
         subject=f"continuation.{error.field}",
-        description=_cut(str(error), _MAX_MESSAGE_CHARACTERS),
+        description=_cut(str(error), _MAX_MESSAGE_BYTES),
     )
     return (error_details_pb2.PreconditionFailure(violations=[violation]),)
 
@@ -117,8 +118,8 @@ def _deadline(error: DeadlineExceeded) -> _Details:
 def _resource(resource_type: str, name: str, message: str) -> error_details_pb2.ResourceInfo:
     return error_details_pb2.ResourceInfo(
         resource_type=resource_type,
-        resource_name=_cut(name, _MAX_FIELD_CHARACTERS),
-        description=_cut(message, _MAX_MESSAGE_CHARACTERS),
+        resource_name=_cut(name, _MAX_FIELD_BYTES),
+        description=_cut(message, _MAX_MESSAGE_BYTES),
     )
 
 
@@ -126,8 +127,12 @@ def _request_info(request_id: str) -> error_details_pb2.RequestInfo:
     return error_details_pb2.RequestInfo(request_id=request_id)
 
 
-def _cut(text: str, max_characters: int) -> str:
-    return text if len(text) <= max_characters else f"{text[: max_characters - 1]}…"
+def _cut(text: str, max_bytes: int) -> str:
+    """Return the text, or as many whole characters as fit with an ellipsis."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= max_bytes:
+        return text
+    return encoded[: max_bytes - len("…".encode())].decode(errors="ignore") + "…"
 
 
 _Row = tuple[grpc.StatusCode, Callable[[RillgateError], _Details]]
