@@ -161,6 +161,33 @@ def test_a_large_nucleus_gives_the_same_threshold_as_a_full_sort() -> None:
         assert token.token_id == reference_token(logits[i], params, [], [], 0)
 
 
+def test_rows_of_a_large_vocabulary_draw_what_they_draw_alone() -> None:
+    """Rows are worked on in parts; a broken and a greedy one between them move no other."""
+    vocab_size = 100_000
+    torch.manual_seed(5)
+    logits = torch.randn(7, vocab_size)
+    logits[2, 77] = torch.nan
+    temperatures = (1.0, 1.0, 1.0, 0.0, 0.7, 1.0, 1.0)
+    slots = [
+        slot_of(SamplingParams(seed=i, temperature=t), vocab_size=vocab_size)
+        for i, t in enumerate(temperatures)
+    ]
+    together = [token.token_id for token in sample(logits, slots)]
+    alone = [sample(logits[i : i + 1], [slot])[0].token_id for i, slot in enumerate(slots)]
+    assert together == alone
+    assert len({*together}) == 7  # no row got another's
+    assert together[2] is None
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-308, 5e-324])
+def test_the_lowest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    """A quotient that overflows must not become a token outside the vocabulary."""
+    torch.manual_seed(6)
+    logits = torch.randn(1, VOCAB_SIZE) * 30
+    (token,) = sample(logits, [slot_of(SamplingParams(seed=1, temperature=temperature))])
+    assert token.token_id == int(logits.argmax())
+
+
 def test_a_broken_row_fails_alone() -> None:
     """NaN, plus infinity or nothing finite: no token for that row; its neighbours draw theirs."""
     logits = torch.randn(5, VOCAB_SIZE, generator=torch.Generator().manual_seed(3))
