@@ -157,6 +157,35 @@ async def test_a_socket_that_is_in_use_is_refused(socket: Path) -> None:
         await read_all(link.submit(make_submission()))
 
 
+async def test_a_file_in_the_socket_s_place_is_refused_and_kept(socket: Path) -> None:
+    """A mistyped path costs nobody a file."""
+    _put(socket, "precious")
+    async with replica(socket) as process:
+        _, stderr = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+    assert b"refused: replica.socket is" in stderr
+    assert b"no socket" in stderr
+    assert _text(socket) == "precious"
+
+
+async def test_a_successor_s_socket_is_kept(socket: Path) -> None:
+    """Only what this process bound is removed at its end."""
+    async with replica(socket) as process, linked(socket):
+        _put(socket, "a successor's")
+        process.send_signal(signal.SIGTERM)
+        assert await exit_code(process) == 0
+    assert _text(socket) == "a successor's"
+
+
+def _put(path: Path, text: str) -> None:
+    """Put a file in the place of whatever is there."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+
+
+def _text(path: Path) -> str:
+    return path.read_text()
+
+
 def _mode(path: Path) -> int | None:
     """Return the permissions of a file, or None if it is not there."""
     return stat.S_IMODE(path.stat().st_mode) if path.exists() else None

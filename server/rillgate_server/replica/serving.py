@@ -43,12 +43,8 @@ def serve_engine(settings: Settings, spec: ModelSpec, num_blocks: int, executor:
     Raises ConfigError when the socket cannot be had.
     """
     scheduler = Scheduler(settings.batcher, settings.cache, spec, num_blocks)
-    path = Path(settings.replica.socket)
-    _refuse_if_alive(path)
-    try:
-        return asyncio.run(_serve(settings, spec, scheduler, executor))
-    finally:
-        path.unlink(missing_ok=True)
+    _refuse_if_taken(Path(settings.replica.socket))
+    return asyncio.run(_serve(settings, spec, scheduler, executor))
 
 
 async def _serve(
@@ -61,7 +57,9 @@ async def _serve(
         Engine(scheduler, executor, clock), clock, service.on_event, ended.on_fatal
     )
     service.attach(engine_loop)
-    server = _listen(service, Path(settings.replica.socket))
+    path = Path(settings.replica.socket)
+    server = _listen(service, path)
+    inode = _inode(path)
     engine_loop.start()
     await server.start()
     print(f"READY {spec.name} ({spec.architecture}, {spec.dtype})", flush=True)
@@ -75,6 +73,7 @@ async def _serve(
         service.close()
         await server.stop(_LAST_WORDS_S)
         engine_loop.stop(_ENGINE_STOP_S)
+        _remove_socket(path, inode)
 
 
 class _Ending:
@@ -143,14 +142,27 @@ def _listen(service: EngineService, path: Path) -> grpc.aio.Server:
     return server
 
 
-def _refuse_if_alive(path: Path) -> None:
-    """Raise ConfigError when somebody listens at `path`: gRPC would take the name in silence."""
+def _refuse_if_taken(path: Path) -> None:
+    """Raise ConfigError when something else is at `path`, which gRPC would take in silence."""
+    if path.exists() and not path.is_socket():
+        raise ConfigError(f"replica.socket is {path}, which is there and is no socket")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
         except OSError:
             return  # nobody, or a dead one's socket, which gRPC removes
     raise ConfigError(f"replica.socket is {path}, where another process listens")
+
+
+def _remove_socket(path: Path, inode: int) -> None:
+    """Remove our socket, unless a successor has put its own in the place already."""
+    with contextlib.suppress(FileNotFoundError):
+        if _inode(path) == inode:
+            path.unlink()
+
+
+def _inode(path: Path) -> int:
+    return path.stat().st_ino
 
 
 @contextlib.contextmanager
