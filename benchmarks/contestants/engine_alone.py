@@ -1,5 +1,7 @@
 """Rillgate's engine without gRPC, gateway or text: what the whole path is measured against."""
 
+import itertools
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +25,10 @@ class _TimedWorker:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self.forget()
+
+    def forget(self) -> None:
+        """Start measuring anew."""
         self.decode_s: list[float] = []
         """Steps in which every row has one token."""
         self.prefill_s = 0.0
@@ -42,45 +48,47 @@ class _TimedWorker:
 
 
 class EngineContestant:
-    """One worker, loaded once; a fresh scheduler and an empty cache per question."""
+    """One engine with one worker, loaded once."""
 
     def __init__(self, model_dir: str) -> None:
         """Load the checkpoint and allocate the cache."""
-        self._worker = Worker.load(Path(model_dir), WorkerOptions(num_threads=2))
-        self._worker.allocate_cache(_NUM_BLOCKS)
+        worker = Worker.load(Path(model_dir), WorkerOptions(num_threads=2))
+        worker.allocate_cache(_NUM_BLOCKS)
+        self._worker = _TimedWorker(worker)
+        self._scheduler = Scheduler(BatcherConfig(), CacheConfig(), worker.spec, _NUM_BLOCKS)
+        self._engine = Engine(self._scheduler, self._worker, SystemClock())
+        self._request_ids = itertools.count()
 
     def answer(self, request: Message) -> Message:
         """Run all prompts at once through the engine."""
-        prompts: Sequence[Sequence[int]] = request["prompts"]
-        worker = _TimedWorker(self._worker)
-        scheduler = Scheduler(
-            BatcherConfig(), CacheConfig(prefix_caching=False), self._worker.spec, _NUM_BLOCKS
-        )
-        engine = Engine(scheduler, worker, SystemClock())
+        self._worker.forget()
         begin = time.perf_counter()
-        for i, prompt in enumerate(prompts):
-            rejection = scheduler.add(
-                Request(
-                    request_id=i,
-                    prompt_token_ids=tuple(prompt),
-                    choices=(ChoiceStart(0),),
-                    sampling=SamplingParams(seed=0, temperature=0.0),
-                    max_tokens=request["num_output_tokens"],
-                ),
-                begin,
-            )
-            assert rejection is None, rejection
+        for prompt in request["prompts"]:
+            self._add(prompt, request["num_output_tokens"], begin)
         num_output_tokens = 0
-        while scheduler.has_work:
-            output = engine.step()
+        while self._scheduler.has_work:
+            output = self._engine.step()
             if output is not None:
                 num_output_tokens += sum(len(entry.token_ids) for entry in output.tokens)
         return {
             "seconds": time.perf_counter() - begin,
             "num_output_tokens": num_output_tokens,
-            "decode_step_s": sorted(worker.decode_s)[len(worker.decode_s) // 2],
-            "prefill_tokens_per_s": worker.num_prefill_tokens / worker.prefill_s,
+            "decode_step_s": statistics.median(self._worker.decode_s),
+            "prefill_tokens_per_s": self._worker.num_prefill_tokens / self._worker.prefill_s,
         }
+
+    def _add(self, prompt: Sequence[int], num_output_tokens: int, now: float) -> None:
+        rejection = self._scheduler.add(
+            Request(
+                request_id=next(self._request_ids),
+                prompt_token_ids=tuple(prompt),
+                choices=(ChoiceStart(0),),
+                sampling=SamplingParams(seed=0, temperature=0.0),
+                max_tokens=num_output_tokens,
+            ),
+            now,
+        )
+        assert rejection is None, rejection
 
 
 if __name__ == "__main__":
