@@ -31,3 +31,24 @@ def test_packing_replaces_bf16_layers_alone() -> None:
     assert pack_linear_layers(network) == (2 if supported else 0)
     assert isinstance(inner[1], nn.Linear)
     assert isinstance(network[0], PackedLinear) == supported
+
+
+@pytest.mark.parametrize("max_second_copy_bytes", [40 * 8 * 2, 40 * 8 * 2 - 1])
+def test_a_tied_head_is_packed_while_its_second_copy_is_small(max_second_copy_bytes: int) -> None:
+    """A large one stays plain; the embedding keeps its weight either way."""
+    network = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(40, 8, dtype=torch.bfloat16),
+            "layer": nn.Linear(8, 8, dtype=torch.bfloat16),
+            "head": nn.Linear(8, 40, bias=False, dtype=torch.bfloat16),
+        }
+    )
+    head, embedding = network["head"], network["embedding"]
+    head.weight = embedding.weight
+    is_small = max_second_copy_bytes == 640
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    num_packed = pack_linear_layers(network, max_second_copy_bytes=max_second_copy_bytes)
+    assert num_packed == (1 + is_small if supported else 0)
+    assert isinstance(network["head"], PackedLinear) == (is_small and supported)
+    assert network["embedding"].weight.shape == (40, 8)
+    assert (network["head"] is head) == (not (is_small and supported))
