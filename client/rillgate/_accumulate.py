@@ -57,8 +57,8 @@ class Accumulator:
             self.started = to_started(message.started)
         elif self.started is None:
             raise ProtocolError("the stream's first message does not say what was started")
-        if message.prompt_logprobs:
-            self.prompt_logprobs = to_logprobs(message.prompt_logprobs)
+        if message.prompt_logprobs:  # a long prompt's come in pieces
+            self.prompt_logprobs += to_logprobs(message.prompt_logprobs)
         finished = {entry.choice_index: entry for entry in message.finished}
         chunks = [
             self._push_output(output, finished.pop(output.choice_index, None))

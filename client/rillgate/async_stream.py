@@ -84,7 +84,7 @@ class AsyncGenerationStream:
 
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
-        """Give the prompt's log-probabilities, once they came."""
+        """Give the prompt's log-probabilities, as far as they came."""
         return self._accumulator.prompt_logprobs
 
     def continuation(self) -> Continuation | None:

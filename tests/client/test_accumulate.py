@@ -66,6 +66,16 @@ def test_a_choices_last_chunk_carries_its_end() -> None:
     assert [choice.token_ids for choice in accumulator.generation().choices] == [(5,), (6,)]
 
 
+def test_a_long_prompts_logprobs_come_in_pieces() -> None:
+    """Later messages add to what the first brought."""
+    accumulator = _started()
+    for token_ids in ((4, 5), (6,)):
+        logprobs = [pb.TokenLogprobs(token_id=token_id) for token_id in token_ids]
+        accumulator.push(pb.GenerateResponse(prompt_logprobs=logprobs))
+    accumulator.push(_message(_output(0, 7), finished=(_finished(),)))
+    assert [it.token_id for it in accumulator.generation().prompt_logprobs] == [4, 5, 6]
+
+
 @pytest.mark.parametrize("offset", [0, 2], ids=["repeat", "gap"])
 def test_a_gap_or_a_repeat_of_tokens_is_noticed(offset: int) -> None:
     """Tokens that do not follow the last ones break the stream."""

@@ -13,7 +13,7 @@ from rillgate_server.service.generate_call import (
     StreamUpdate,
     Usage,
 )
-from rillgate_server.service.stream_writer import StreamWriter
+from rillgate_server.service.stream_writer import MAX_POSITIONS, StreamWriter
 
 STARTED = Started("r", "v", 1, 3, 0, b"", 0, False)
 END = ChoiceEnd(0, EndReason.STOP, Usage(3, 5))
@@ -114,3 +114,35 @@ async def test_cancelling_a_write_ends_the_run() -> None:
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
+
+
+async def test_what_gathers_behind_a_slow_reader_leaves_in_messages_of_bounded_size() -> None:
+    """Everything arrives once and in order, prompt first, and an end after all of its choice."""
+    updates: list[StreamUpdate] = []
+
+    async def write(update: StreamUpdate) -> None:
+        updates.append(update)
+
+    writer = StreamWriter(write)
+    writer.add_started(STARTED)
+    prompt = tuple(TokenLogprobs(token_id, -1.0) for token_id in range(MAX_POSITIONS * 3 // 2))
+    writer.add_prompt_logprobs(prompt)
+    for offset in range(MAX_POSITIONS):
+        for choice in (0, 1):
+            writer.add_output(delta(offset, offset, choice=choice))
+    writer.add_end(END)
+    writer.close()
+    await asyncio.wait_for(writer.run(), 10)
+    sizes = [
+        len(update.prompt_logprobs) + sum(len(output.token_ids) for output in update.outputs)
+        for update in updates
+    ]
+    assert sizes == [MAX_POSITIONS, MAX_POSITIONS, MAX_POSITIONS, MAX_POSITIONS // 2]
+    assert [position for update in updates for position in update.prompt_logprobs] == list(prompt)
+    assert not updates[0].outputs, "the prompt's log-probabilities come first"
+    assert [update.started is not None for update in updates] == [True, False, False, False]
+    for choice in (0, 1):
+        outputs = [it for update in updates for it in update.outputs if it.choice_index == choice]
+        ids = [token_id for output in outputs for token_id in output.token_ids]
+        assert ids == list(range(MAX_POSITIONS))
+    assert [update.ended for update in updates] == [(), (), (END,), ()]

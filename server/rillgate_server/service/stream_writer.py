@@ -1,8 +1,8 @@
 """One writer per stream: while a write is under way, what comes gathers and leaves together.
 
 So a token is not a message: a slow reader, or many streams on one loop, make messages fewer and
-longer, and the first token still leaves at once. Owns what waits to be written. Does not know gRPC,
-and bounds nothing: a request's max_tokens bounds what can wait.
+longer, and the first token still leaves at once. Owns what waits to be written, and how much of it
+one message takes. Does not know gRPC, and does not bound what waits: a request's max_tokens does.
 """
 
 import asyncio
@@ -10,6 +10,10 @@ from collections.abc import Awaitable, Callable
 
 from rillgate_server.core.step import TokenLogprobs
 from rillgate_server.service.generate_call import ChoiceEnd, OutputDelta, Started, StreamUpdate
+
+MAX_POSITIONS = 4096
+"""Positions (a token, its log-probabilities) in one message, about: 1 MB where each has 20
+alternatives. A caller's stub takes 4 MiB unless it is told otherwise."""
 
 
 class StreamWriter:
@@ -82,17 +86,36 @@ class StreamWriter:
                 await self._wake.wait()
 
     def _take(self) -> StreamUpdate | None:
-        """Take all that waits as one update."""
+        """Take all that waits as one update, or as much of its beginning as one should hold."""
         if not (self._outputs or self._ended or self._started or self._prompt_logprobs):
             return None
-        update = StreamUpdate(
-            self._started,
-            tuple(map(joined, self._outputs.values())),
-            tuple(self._ended),
-            self._prompt_logprobs,
-        )
-        self._started, self._outputs, self._ended, self._prompt_logprobs = None, {}, [], ()
-        return update
+        started, self._started = self._started, None
+        prompt_logprobs = self._prompt_logprobs[:MAX_POSITIONS]
+        self._prompt_logprobs = self._prompt_logprobs[MAX_POSITIONS:]
+        outputs = self._take_outputs(MAX_POSITIONS - len(prompt_logprobs))
+        ended = tuple(end for end in self._ended if not self._must_wait(end))
+        self._ended = [end for end in self._ended if self._must_wait(end)]
+        return StreamUpdate(started, outputs, ended, prompt_logprobs)
+
+    def _must_wait(self, end: ChoiceEnd) -> bool:
+        """Tell whether something that comes before this end waits still."""
+        return bool(self._prompt_logprobs) or end.choice_index in self._outputs
+
+    def _take_outputs(self, room: int) -> tuple[OutputDelta, ...]:
+        """Take outputs, each choice's in order, until `room` positions are full."""
+        taken: dict[int, list[OutputDelta]] = {}  # choice index -> deltas
+        for choice_index, deltas in tuple(self._outputs.items()):
+            num_taken = 0
+            while num_taken < len(deltas) and room > 0:
+                room -= max(len(deltas[num_taken].token_ids), 1)
+                num_taken += 1
+            if num_taken:
+                taken[choice_index] = deltas[:num_taken]
+            if num_taken < len(deltas):
+                self._outputs[choice_index] = deltas[num_taken:]
+                break
+            del self._outputs[choice_index]
+        return tuple(map(joined, taken.values()))
 
 
 def joined(deltas: list[OutputDelta]) -> OutputDelta:
