@@ -24,9 +24,17 @@ function main(question, target = '127.0.0.1:50051') {
     stopping: { max_tokens: 512 },
   }
   const stream = client.Generate(request, { deadline: Date.now() + 60_000 })
+  let separator = '' // between reasoning and answer
   stream.on('data', (response) => {
     for (const output of response.outputs) {
-      process.stdout.write(output.reasoning_text + output.text)
+      if (output.reasoning_text) {
+        process.stdout.write(output.reasoning_text)
+        separator = '\n\n'
+      }
+      if (output.text) {
+        process.stdout.write(separator + output.text)
+        separator = ''
+      }
     }
     for (const finished of response.finished) {
       process.stdout.write(`\n[${finished.reason}, ${finished.usage.completion_tokens} tokens]\n`)

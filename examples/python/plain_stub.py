@@ -23,10 +23,16 @@ def main(question: str, target: str = "127.0.0.1:50051") -> None:
     )
     with grpc.insecure_channel(target) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
+        separator = ""  # between reasoning and answer
         try:
             for response in stub.Generate(request, timeout=60):
                 for output in response.outputs:
-                    print(output.reasoning_text + output.text, end="", flush=True)
+                    if output.reasoning_text:
+                        print(output.reasoning_text, end="", flush=True)
+                        separator = "\n\n"
+                    if output.text:
+                        print(separator + output.text, end="", flush=True)
+                        separator = ""
                 for finished in response.finished:
                     reason = inference_pb2.FinishReason.Name(finished.reason)
                     print(f"\n[{reason}, {finished.usage.completion_tokens} tokens]")

@@ -43,11 +43,11 @@ both_stubs = pytest.mark.parametrize("command", [PYTHON_STUB, NODE_STUB], ids=["
 def test_a_plain_stub_streams_reasoning_and_answer(
     command: tuple[str, ...], server: FakeServer
 ) -> None:
-    """The stub prints the reasoning, the answer and why it ended."""
-    server.reply(FakeReply("Grüße: 42", reasoning_text="6 times 7\n"))
+    """The stub prints the reasoning, the answer below it and why it ended."""
+    server.reply(FakeReply("Grüße: 42", reasoning_text="6 times 7"))
     done = _run(*command, "What is 6 times 7?", server.target)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "6 times 7\nGrüße: 42\n[FINISH_REASON_STOP, 21 tokens]\n"
+    assert done.stdout == "6 times 7\n\nGrüße: 42\n[FINISH_REASON_STOP, 20 tokens]\n"
     assert server.requests[0].messages == (ChatMessage("user", "What is 6 times 7?"),)
     assert server.requests[0].options == {"max_tokens": 512}
     timeout_s = server.requests[0].timeout_s
