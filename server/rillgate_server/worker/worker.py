@@ -14,6 +14,7 @@ from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import KVLayout, ModelSpec
 from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.errors import ConfigError, EngineFailure
+from rillgate_server.worker.allocator import keep_freed_memory
 from rillgate_server.worker.attention.sdpa import SdpaAttention
 from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.model_loader import load_network
@@ -78,6 +79,7 @@ class Worker:
             torch.set_num_threads(options.num_threads)
         model = load_network(model_dir, _DTYPES[dtype], on_progress)
         pack_linear_layers(model)
+        keep_freed_memory()
         network = TransformersNetwork(model)
         shapes = layer_cache_shapes(model.config)
         layout = KVLayout.build(options.block_size_tokens, dtype, shapes)
