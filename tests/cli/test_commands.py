@@ -46,6 +46,18 @@ def test_what_the_operator_can_mend_is_one_line_and_exit_code_2(
     assert len(said.splitlines()) == 1
 
 
+def test_without_a_writable_directory_the_settings_that_help_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A read-only container without /tmp: one line, no traceback."""
+    monkeypatch.setattr("tempfile.tempdir", "/nothing/here")
+    assert main(("serve",)) == 2
+    said = capsys.readouterr().err
+    assert "replica.socket" in said
+    assert "TMPDIR" in said
+    assert len(said.splitlines()) == 1
+
+
 def test_a_checkpoint_without_a_file_is_named_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

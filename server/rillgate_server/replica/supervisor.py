@@ -228,7 +228,14 @@ def _socket_path(configured: str) -> Iterator[Path]:
     if configured:
         yield Path(configured)
         return
-    with tempfile.TemporaryDirectory(prefix="rillgate-") as directory:  # mode 0700
+    try:
+        made = tempfile.TemporaryDirectory(prefix="rillgate-")  # mode 0700
+    except OSError as error:
+        raise ConfigError(
+            f"no directory for the replica's socket can be made: {error.strerror}; allowed: "
+            f"replica.socket, a path that can be written, or TMPDIR, such a directory"
+        ) from error
+    with made as directory:
         path = Path(directory) / "replica.sock"
         if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
             raise ConfigError(
