@@ -1,10 +1,11 @@
 """Blocks that are shared, and blocks that run out."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rillgate_server.core.request import ChoiceStart
 from rillgate_server.core.sampling_params import SamplingParams
-from rillgate_server.core.step import StepOutput
+from rillgate_server.core.step import RowPlan, StepOutput
 from rillgate_server.engine.testing import fake_logprobs
 from tests.support.engine import Driver, Limits, make_request
 
@@ -145,3 +146,24 @@ def test_logprobs_come_with_the_tokens_of_those_who_asked() -> None:
     asked, silent = driver.answers.of[1], driver.answers.of[2]
     assert asked.logprobs[0] == [fake_logprobs(token_id, 3) for token_id in asked.tokens[0]]
     assert silent.logprobs[0] == []
+
+
+def test_the_blocks_of_a_failed_row_are_hits_for_nobody() -> None:
+    """A NaN in a cached block would else fail every later request with that beginning."""
+    faults = ["NaN logits"]
+
+    def fail_once(row: RowPlan, context: Sequence[int]) -> str | None:
+        return faults.pop() if faults and len(context) == 80 else None
+
+    driver = Driver(fail_rows=fail_once)
+    num_cached = []
+    for request_id in (1, 2, 3):
+        driver.submit(make_request(request_id, range(10, 90), max_tokens=2))
+        driver.run()
+        started = driver.answers.of[request_id].started
+        assert started is not None
+        num_cached.append(started.num_cached_tokens)
+    driver.check_idle()
+    driver.check_answers()
+    assert driver.answers.of[1].failure == "NaN logits"
+    assert num_cached == [0, 0, 76]  # what was computed since is sound

@@ -123,6 +123,10 @@ class KVCacheManager:
         table.blocks = []
         table.num_committed = 0
 
+    def forget(self, table: BlockTable) -> None:
+        """Offer a table's blocks to nobody from now on; those who hold them keep them."""
+        self._index.remove([block for block in table.blocks if block in self._index])
+
     def clear_cached(self) -> int:
         """Forget all blocks that nobody uses; return how many."""
         dropped = self.pool.drop_cached()

@@ -120,6 +120,8 @@ class Scheduler:
         failed = {row.slot: row.message for row in result.failed_rows}
         for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True):
             if row.slot in failed and sequence.state is SequenceState.RUNNING:
+                # A NaN may come from its blocks: as hits they would fail whoever comes later.
+                self._batch.cache.forget(sequence.table)
                 self._requests.fail(sequence.group, failed[row.slot])
         self._apply_rows(opened, result)
         self._open = None  # last: whatever raises above, `fail_plan` still knows whom it concerns
