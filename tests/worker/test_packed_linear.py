@@ -1,5 +1,8 @@
 """Packed linear layers against torch's own."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -52,3 +55,32 @@ def test_a_tied_head_is_packed_while_its_second_copy_is_small(max_second_copy_by
     assert isinstance(network["head"], PackedLinear) == (is_small and supported)
     assert network["embedding"].weight.shape == (40, 8)
     assert (network["head"] is head) == (not (is_small and supported))
+
+
+PEAK_PROGRAM = """
+from pathlib import Path
+import torch
+from torch import nn
+from rillgate_server.worker.packed_linear import pack_linear_layers
+
+def megabytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(field))
+
+with torch.inference_mode():
+    pack_linear_layers(nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16)))  # loads libraries
+    layers = [nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16) for _ in range(12)]
+    network = nn.Sequential(*layers)
+    del layers
+    before = megabytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    pack_linear_layers(network)
+    print(megabytes("VmHWM") - before)
+"""
+
+
+def test_packing_holds_no_more_than_one_layer_twice() -> None:
+    """Twelve layers of 32 MB: the peak while packing lies far below a second network."""
+    ran = subprocess.run([sys.executable, "-c", PEAK_PROGRAM], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) < 3 * 32

@@ -59,17 +59,22 @@ def pack_linear_layers(
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return 0
     looked_up = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+    # Names, not modules: whoever holds a layer keeps its plain weight alive.
+    names = [name for name, module in network.named_modules() if _is_packable(module)]
     num_packed = 0
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is not nn.Linear or not _is_packable(child):
-                continue
-            is_tied = id(child.weight) in looked_up
-            if not is_tied or child.weight.nbytes <= max_second_copy_bytes:
-                setattr(module, name, PackedLinear(child))
-                num_packed += 1
+    for name in names:
+        linear = network.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        if id(linear.weight) not in looked_up or linear.weight.nbytes <= max_second_copy_bytes:
+            network.set_submodule(name, PackedLinear(linear))
+            num_packed += 1
+        del linear
     return num_packed
 
 
-def _is_packable(linear: nn.Linear) -> bool:
-    return linear.weight.dtype == torch.bfloat16 and linear.weight.device.type == "cpu"
+def _is_packable(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Linear
+        and module.weight.dtype == torch.bfloat16
+        and module.weight.device.type == "cpu"
+    )
