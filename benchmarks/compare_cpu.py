@@ -102,8 +102,9 @@ def run_round(
             measured.add("continuous", concurrency, continuous)
 
 
-def ratios(measured: Measurements, linear_elements: int) -> dict[str, float]:
+def ratios(measured: Measurements, shape: dict[str, int]) -> dict[str, float]:
     """Take the ratios that the aims are read from."""
+    layers, head = linear_elements(shape)
     found = {
         f"rillgate_over_sequential_{n}": measured.ratio(("rillgate", n), ("sequential", 1))
         for n in CONCURRENCIES
@@ -115,22 +116,25 @@ def ratios(measured: Measurements, linear_elements: int) -> dict[str, float]:
         )
     found["grpc_path_over_engine_32"] = measured.ratio(("rillgate", 32), ("engine", 32))
     found["bandwidth_fraction_1_bf16_cpu"] = statistics.median(
-        linear_elements * 2 / answer["decode_step_s"] / limit.read_bytes_per_s
+        (layers + head) * 2 / answer["decode_step_s"] / limit.read_bytes_per_s
         for answer, limit in zip(measured.details["engine", 1], measured.limits, strict=True)
     )
     found["prefill_fraction_of_limit_bf16_cpu"] = statistics.median(
-        answer["prefill_tokens_per_s"] * 2 * linear_elements / limit.bf16_ops_per_s
+        answer["prefill_tokens_per_s"]
+        * 2
+        * (layers + head / NUM_PROMPT_TOKENS)  # a prompt needs the head for its last token alone
+        / limit.bf16_ops_per_s
         for answer, limit in zip(measured.details["engine", 32], measured.limits, strict=True)
     )
     return found
 
 
-def linear_elements(shape: dict[str, int]) -> int:
-    """Count the weights that a decode step reads: all matrices but the embedding's."""
+def linear_elements(shape: dict[str, int]) -> tuple[int, int]:
+    """Count the weights of the layers' matrices and of the output head."""
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     kv_size = hidden // heads * shape["num_key_value_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * shape["intermediate_size"]
-    return shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"]
+    return shape["num_hidden_layers"] * layer, hidden * shape["vocab_size"]
 
 
 def result_rows(measured: Measurements) -> list[dict[str, Any]]:  # Any: JSON
@@ -191,7 +195,7 @@ def main() -> None:
     transformers.close()
     engine.close()
     rows = [*result_rows(measured), memory]
-    found = ratios(measured, linear_elements(QWEN_0_5B))
+    found = ratios(measured, QWEN_0_5B)
     path = write_results("compare_cpu", "make bench", rows, found)
     print(json.dumps(json.loads(path.read_text())["ratios"], indent=1))
     print(f"written to {path.relative_to(ROOT)}")
