@@ -57,6 +57,9 @@ def _print(status: ServerStatus) -> None:
         f"{status.num_waiting} waiting; cache blocks: {status.num_blocks_used} used, "
         f"{status.num_blocks_cached} cached, {status.num_blocks_free} free"
     )
+    if not status.replicas:
+        print("no replica is connected: it is loading, or it is being restarted")
+        return
     headers = (
         "replica",
         "model",

@@ -81,4 +81,4 @@ def _say(stream: TextIO, done: int, total: int) -> None:
 
 def _write_line(stream: TextIO, done: int, total: int) -> None:
     fraction = done / total if total else 1.0
-    print(f"loading weights: {fraction:.0%} of {total / 2**30:.2f} GiB", file=stream, flush=True)
+    print(f"loading weights: {fraction:.0%} of {total / 2**20:,.1f} MiB", file=stream, flush=True)

@@ -168,7 +168,7 @@ def _epitaph(child: Child, code: int, quick_crashes: int) -> str:
 
 
 def run_supervisor(settings: Settings, model_dir: Path) -> int:
-    """Serve the checkpoint of `model_dir` until SIGTERM or SIGINT; return the exit code."""
+    """Serve the checkpoint of `model_dir` until SIGTERM, SIGINT or SIGHUP; return the exit code."""
     with _socket_path(settings.replica.socket) as socket:
         resolved = settings.model_copy(
             update={
@@ -193,7 +193,7 @@ async def _supervise(settings: Settings) -> int:
     with shown_progress(sys.stderr) as show:
         supervisor = Supervisor(_children(settings), RestartPolicy(), on_ready, _say, show)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # HUP: its terminal closed
             loop.add_signal_handler(number, supervisor.request_stop)
         return await supervisor.run()
 
