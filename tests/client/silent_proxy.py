@@ -20,6 +20,8 @@ class SilentProxy:
         self._target = (host, int(port))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._is_silent = threading.Event()
+        self._lock = threading.Lock()  # a connection may come while everything is being closed
+        self._is_closed = False
         self._sockets = [self._listener]
         self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -35,10 +37,9 @@ class SilentProxy:
         traceback: TracebackType | None,
     ) -> None:
         """Close every connection."""
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+        with self._lock:
+            self._is_closed = True
+            _close(self._sockets)
 
     def fall_silent(self) -> None:
         """Swallow everything from now on, and take no new connection's bytes."""
@@ -48,8 +49,16 @@ class SilentProxy:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
-                self._sockets += [near, far]
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:
+                    near.close()
+                    continue
+                with self._lock:
+                    self._sockets += [near, far]
+                    if self._is_closed:
+                        _close([near, far])
+                        return
                 for source, sink in ((near, far), (far, near)):
                     threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
 
@@ -58,3 +67,10 @@ class SilentProxy:
             while data := source.recv(65536):
                 if not self._is_silent.is_set():
                     sink.sendall(data)
+
+
+def _close(sockets: list[socket.socket]) -> None:
+    for one in sockets:
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
+        one.close()
