@@ -1,39 +1,16 @@
-"""Freed memory stays with the process."""
+"""The settings that keep freed memory; what they save is measured, not asserted (performance.md)."""
 
+import platform
 import subprocess
 import sys
 
 import pytest
 
-PROGRAM = """
-import resource
-import sys
-import torch
-from rillgate_server.worker.allocator import keep_freed_memory
-
-def step():
-    return [torch.zeros(megabytes << 18) for megabytes in (4, 20, 12)]
-
-if sys.argv[1] == "keep" and not keep_freed_memory():
-    sys.exit(3)
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
+PROGRAM = "from rillgate_server.worker.allocator import keep_freed_memory as keep; print(keep())"
 
 
-def page_faults(how: str) -> int:
-    """Count the page faults of twenty steps' buffers in a process of their own."""
-    ran = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True)
-    if ran.returncode == 3:
-        pytest.skip("this C library has no mallopt")
-    assert ran.returncode == 0, ran.stderr
-    return int(ran.stdout)
-
-
-def test_the_same_buffers_again_cost_no_page_faults() -> None:
-    """Step after step takes and frees the same buffers: kept, they fault a tenth at most."""
-    assert page_faults("keep") * 10 < page_faults("default")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_glibc_takes_the_settings() -> None:
+    """It refuses a threshold above its largest one, and then nothing would be kept."""
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "True"), ran.stderr
