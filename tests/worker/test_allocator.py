@@ -1,4 +1,4 @@
-"""The settings that keep freed memory; what they save is measured, not asserted (performance.md)."""
+"""The settings that keep freed memory; what they save is in docs/performance.md."""
 
 import platform
 import subprocess

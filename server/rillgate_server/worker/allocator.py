@@ -12,7 +12,7 @@ _M_MMAP_THRESHOLD = -3
 _KEPT_BYTES = 256 << 20
 """Most free memory at the heap's end; a step of 2048 tokens of a small model uses about 100 MB."""
 _LARGEST_KEPT_BYTES = 32 << 20
-"""Larger buffers still come and go; the highest value that glibc takes."""
+"""Larger buffers still come and go; every glibc takes this value, some a higher one."""
 
 
 def keep_freed_memory() -> bool:
