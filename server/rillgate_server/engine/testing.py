@@ -1,9 +1,10 @@
 """A data plane without tensors, for tests of everything above the worker.
 
-Owns a cache whose "keys and values" are the tokens themselves with their positions, so it sees
-what a real one would only answer wrongly to: before it draws, it gathers a row's whole context
-through the slot's block table and compares it with the slot's tokens. The next token is a hash of
-that context, so a wrong, stale or wrongly shared block changes every token after it.
+Owns slots, and a cache whose "keys and values" are the tokens with a digest of everything before
+them, so it sees what a real one would only answer wrongly to: before it draws, it gathers a row's
+whole context through the slot's block table and compares it with the slot's tokens. The next token
+is a hash of that context, so a wrong, stale or wrongly shared block changes every token after it.
+What the blocks of both tiers hold, and the copies between them, are `engine.testing_storage`'s.
 """
 
 import struct
@@ -20,10 +21,13 @@ from rillgate_server.core.step import (
     StepResult,
     TokenLogprobs,
 )
+from rillgate_server.engine.testing_storage import CacheMismatch, Cell, FakeCopies, FakeStorage
 
+__all__ = ["CacheMismatch", "FakeCopies", "FakeExecutor", "FakeModel", "fake_logprobs"]
 
-class CacheMismatch(AssertionError):
-    """The blocks of a slot do not hold its tokens, or a plan contradicts what is set up."""
+_NO_HOST_TIER = FakeCopies()
+_NO_TOKEN: Cell = (0, 0)
+"""What a sequence's first token follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +62,22 @@ class _FakeSlot:
 
     def __init__(self, start: SlotStart) -> None:
         self.start = start
-        self.token_ids = list(start.token_ids)
+        self.token_ids: list[int] = []
+        self.cells: list[Cell] = []  # position -> what the cache must hold there
         self.block_table = list(start.block_table)
+        self.append(start.token_ids)
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Add known tokens."""
+        for token_id in token_ids:
+            self.cells.append(_cell_after(self.cells[-1] if self.cells else _NO_TOKEN, token_id))
+        self.token_ids += token_ids
 
 
 class FakeExecutor:
     """Executes plans in memory.
 
-    State: the blocks' contents, the slots, the number of steps and what they held.
+    State: the storage with its copies in flight, the slots, the number of steps.
     """
 
     def __init__(
@@ -76,29 +88,39 @@ class FakeExecutor:
         *,
         before_step: Callable[[StepPlan], None] | None = None,
         fail_rows: Callable[[RowPlan, Sequence[int]], str | None] | None = None,
+        copies: FakeCopies = _NO_HOST_TIER,
     ) -> None:
         """Start with empty blocks.
 
-        `before_step` runs first in each step: it may wait, advance a virtual clock, or raise.
-        `fail_rows` gets a row and its slot's tokens and returns a message to fail the row.
+        `before_step` runs in each step once its copies have begun: it may wait, advance a virtual
+        clock, or raise. `fail_rows` gets a row and its slot's tokens and returns a message to fail
+        the row. `copies` says what the host tier is like; without it there is none.
         """
         self.model = model
         self.slots: dict[int, _FakeSlot] = {}
         self.num_steps = 0
         self._size = block_size_tokens
-        # block -> (token id, position) per place; None where nothing was written yet
-        self._storage: list[list[tuple[int, int] | None]] = [
-            [None] * block_size_tokens for _ in range(num_blocks)
-        ]
+        self._storage = FakeStorage(num_blocks, block_size_tokens, copies)
         self._before_step = before_step
         self._fail_rows = fail_rows
 
     def __repr__(self) -> str:
-        return f"FakeExecutor(steps={self.num_steps}, slots={sorted(self.slots)})"
+        return f"FakeExecutor(steps={self.num_steps}, slots={sorted(self.slots)}, {self._storage})"
+
+    @property
+    def num_copies_in_flight(self) -> int:
+        """Copies that have begun and were not reported."""
+        return self._storage.num_in_flight
+
+    def corrupt(self, host_block: int) -> None:
+        """Change what a host block holds behind everybody's back, as a broken memory would."""
+        self._storage.corrupt(host_block)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step; raises CacheMismatch when the plan or the cache is wrong."""
         self.num_steps += 1
+        for job in plan.copies:
+            self._storage.begin(job)
         if self._before_step is not None:
             self._before_step(plan)
         for ended in plan.ended_slots:
@@ -106,6 +128,8 @@ class FakeExecutor:
         for start in plan.starts:
             if start.slot in self.slots:
                 raise CacheMismatch(f"slot {start.slot} starts and has not ended")
+            for block in start.block_table:
+                self._storage.check_named(block)
             self.slots[start.slot] = _FakeSlot(start)
         for row in plan.rows:  # all writes come first, as a layer writes all rows' keys first
             self._write(row)
@@ -119,9 +143,16 @@ class FakeExecutor:
             raise CacheMismatch(f"slot {row.slot} has {len(slot.token_ids)} tokens, row: {row}")
         if end > len(slot.block_table) * self._size:
             raise CacheMismatch(f"slot {row.slot} has no block for position {end - 1}")
+        # What a position leaves in the cache follows from what the cache held before it.
+        before = self._held(slot, row.start - 1) if row.start else _NO_TOKEN
         for position in range(row.start, end):
+            before = _cell_after(before or _NO_TOKEN, slot.token_ids[position])
             block = slot.block_table[position // self._size]
-            self._storage[block][position % self._size] = (slot.token_ids[position], position)
+            self._storage.write(block, position % self._size, before)
+
+    def _held(self, slot: _FakeSlot, position: int) -> Cell | None:
+        block = slot.block_table[position // self._size]
+        return self._storage.read(block, position % self._size)
 
     def _sample(self, plan: StepPlan) -> StepResult:
         token_ids: list[tuple[int, ...]] = []
@@ -138,7 +169,7 @@ class FakeExecutor:
                 prompt_logprobs.append((row.slot, _prompt_entries(row, slot)))
             if row.samples:
                 sampled = () if message is not None else (self._draw(slot, context),)
-                slot.token_ids += sampled
+                slot.append(sampled)
                 token_ids.append(sampled)
                 num_top = slot.start.sampling.num_logprobs
                 logprobs.append(
@@ -150,6 +181,7 @@ class FakeExecutor:
             tuple(logprobs) if any(logprobs) else (),
             tuple(prompt_logprobs),
             tuple(failed),
+            self._storage.step_done(),
         )
 
     def _draw(self, slot: _FakeSlot, context: Sequence[int]) -> int:
@@ -165,15 +197,20 @@ class FakeExecutor:
         context: list[int] = []
         num_tokens = row.start + row.num_tokens
         for position in range(num_tokens):
-            block = slot.block_table[position // self._size]
-            held = self._storage[block][position % self._size]
-            if held != (slot.token_ids[position], position):
+            held = self._held(slot, position)
+            if held != slot.cells[position]:
                 raise CacheMismatch(
-                    f"slot {row.slot}, position {position}: block {block} holds {held}, "
+                    f"slot {row.slot}, position {position}: block "
+                    f"{slot.block_table[position // self._size]} holds {held}, "
                     f"expected token {slot.token_ids[position]}"
                 )
-            context.append(held[0])
+            context.append(slot.token_ids[position])
         return context
+
+
+def _cell_after(before: Cell, token_id: int) -> Cell:
+    """Return what a token leaves in the cache behind what stands before it."""
+    return token_id, hash((before[1], token_id))
 
 
 def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
