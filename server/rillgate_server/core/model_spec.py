@@ -4,12 +4,21 @@ Read by the scheduler's limits, the memory report and the worker's storage alike
 cannot disagree. Does not know tensors.
 """
 
+import math
 from dataclasses import dataclass
 
 SEGMENT_ALIGNMENT_BYTES = 256
-"""Segments start at multiples of this: the widest vector load of a GPU, and four cache lines."""
+"""Keys and values start at multiples of this: a warp's vector load on a GPU, four cache lines."""
+SCALE_ALIGNMENT_BYTES = 16
+"""Scales start at multiples of this, one thread's vector load: aligned like keys and values, those
+of two heads of 32 would take 256 bytes per layer where they fill 64."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+INT8 = "int8"
+"""The cache type that keeps scales beside keys and values."""
+
+_SCALE_DTYPE = "bfloat16"  # why: worker.layer_cache
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, INT8: 1}
 """Element sizes of the types that a cache may hold."""
 
 
@@ -18,11 +27,11 @@ class KVSegment:
     """One array of one layer inside a block: `[block_size_tokens, *shape_per_token]`."""
 
     name: str
-    """`key` or `value`."""
+    """`key` or `value`; in INT8 also `key_scale` and `value_scale`."""
     dtype: str
     """A key of DTYPE_BYTES."""
     shape_per_token: tuple[int, ...]
-    """`(num_kv_heads, head_dim)`."""
+    """`(num_kv_heads, head_dim)`; of scales `(num_kv_heads,)`."""
     offset_bytes: int
     """From the block's start."""
 
@@ -38,37 +47,73 @@ class LayerKV:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """A block of the cache: storage is `[num_blocks, block_bytes]` (contracts, section 6)."""
+    """A block of the cache: storage is `[num_blocks, block_bytes]` (contracts, section 6).
+
+    | layer 0 key | layer 0 value | layer 1 key | ... | layer 0 key_scale | layer 0 value_scale |...
+    at multiples of SEGMENT_ALIGNMENT_BYTES             INT8 alone; of SCALE_ALIGNMENT_BYTES
+    """
 
     block_size_tokens: int
     block_bytes: int
+    kv_dtype: str
+    """Of keys and values: a key of DTYPE_BYTES."""
     layers: tuple[LayerKV, ...]
 
     @classmethod
     def build(
         cls,
         block_size_tokens: int,
-        dtype: str,
+        kv_dtype: str,
         layers: tuple[tuple[tuple[int, ...], tuple[int, ...], int | None], ...],
     ) -> "KVLayout":
         """Lay out blocks for layers of (key shape per token, value shape per token, window)."""
-        offset = 0
-        laid: list[LayerKV] = []
-        for key_shape, value_shape, window in layers:
-            segments: list[KVSegment] = []
-            for name, shape in (("key", key_shape), ("value", value_shape)):
-                segments.append(KVSegment(name, dtype, shape, offset))
-                num_elements = block_size_tokens
-                for size in shape:
-                    num_elements *= size
-                offset = _aligned(offset + num_elements * DTYPE_BYTES[dtype])
-            laid.append(LayerKV(tuple(segments), window))
-        return cls(block_size_tokens, offset, tuple(laid))
+        end = 0
+
+        def place(name: str, dtype: str, shape: tuple[int, ...], alignment: int) -> KVSegment:
+            nonlocal end
+            offset = _aligned(end, alignment)
+            end = offset + block_size_tokens * math.prod(shape) * DTYPE_BYTES[dtype]
+            return KVSegment(name, dtype, shape, offset)
+
+        vectors = [
+            (
+                place("key", kv_dtype, key_shape, SEGMENT_ALIGNMENT_BYTES),
+                place("value", kv_dtype, value_shape, SEGMENT_ALIGNMENT_BYTES),
+            )
+            for key_shape, value_shape, _ in layers
+        ]
+        scales = [
+            (
+                place("key_scale", _SCALE_DTYPE, key_shape[:-1], SCALE_ALIGNMENT_BYTES),
+                place("value_scale", _SCALE_DTYPE, value_shape[:-1], SCALE_ALIGNMENT_BYTES),
+            )
+            if kv_dtype == INT8
+            else ()
+            for key_shape, value_shape, _ in layers
+        ]
+        laid = tuple(
+            LayerKV((*own, *own_scales), window)
+            for own, own_scales, (_, _, window) in zip(vectors, scales, layers, strict=True)
+        )
+        return cls(block_size_tokens, _aligned(end, SEGMENT_ALIGNMENT_BYTES), kv_dtype, laid)
 
 
-def _aligned(offset_bytes: int) -> int:
-    """Round up to the segment alignment."""
-    return -(-offset_bytes // SEGMENT_ALIGNMENT_BYTES) * SEGMENT_ALIGNMENT_BYTES
+def _aligned(offset_bytes: int, alignment_bytes: int) -> int:
+    """Round up to the alignment."""
+    return -(-offset_bytes // alignment_bytes) * alignment_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """The cache that a replica has: what the control plane needs to know of its storage."""
+
+    num_device_blocks: int
+    block_bytes: int
+    """Of one block, in either tier."""
+    kv_dtype: str
+    """Of keys and values in it: the model's, or int8."""
+    num_host_blocks: int = 0
+    """0: no host tier."""
 
 
 @dataclass(frozen=True, slots=True)

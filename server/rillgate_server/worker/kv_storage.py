@@ -1,41 +1,17 @@
-"""The cache's bytes: one tensor `[num_blocks, block_bytes]`, and views of it per layer.
+"""The cache's bytes: one tensor `[num_blocks, block_bytes]`, whose layers worker.layer_cache views.
 
-Owns the storage and the views. Does not know which block belongs to whom: block numbers come with
-each plan, and what is free or shared is decided elsewhere.
-
-    one block:  | layer 0 key | layer 0 value | layer 1 key | ...      (KVLayout's offsets)
-    a view:     [num_blocks, elements of one segment], block_bytes apart
+Owns the storage. Does not know which block belongs to whom: block numbers come with each plan, and
+what is free or shared is decided elsewhere; nor what lies where in a block (KVLayout does).
 """
 
-import math
-from dataclasses import dataclass
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
-from torch import Tensor
 
-from rillgate_server.core.model_spec import DTYPE_BYTES, KVLayout, KVSegment
+from rillgate_server.core.model_spec import KVLayout
 from rillgate_server.errors import OutOfMemory
 from rillgate_server.worker.host_memory import available_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """One layer's keys and values, as views of the storage."""
-
-    keys: Tensor
-    """[num_blocks, block_size_tokens, num_kv_heads, key_dim], strided."""
-    values: Tensor
-    """[num_blocks, block_size_tokens, num_kv_heads, value_dim], strided."""
-    key_blocks: Tensor
-    """The same keys as [num_blocks, elements]: rows that are contiguous gather ten times faster."""
-    value_blocks: Tensor
-    """The same values as [num_blocks, elements]."""
-
-    def write(self, slot_mapping: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
-        """Store new tokens: (block [num_tokens], offset in it [num_tokens]), int64."""
-        self.keys[slot_mapping] = keys
-        self.values[slot_mapping] = values
+from rillgate_server.worker.layer_cache import view_layer
 
 
 class KVStorage:
@@ -56,15 +32,7 @@ class KVStorage:
         # torch.zeros would write every page at once: seconds, and memory that nobody may ever use.
         pages = mmap(-1, needed_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8).view(num_blocks, -1)
-        self.layers = tuple(
-            LayerCache(
-                self._tokens(layer.segments[0]),
-                self._tokens(layer.segments[1]),
-                self._blocks(layer.segments[0]),
-                self._blocks(layer.segments[1]),
-            )
-            for layer in layout.layers
-        )
+        self.layers = tuple(view_layer(self._bytes, layout, layer) for layer in layout.layers)
 
     def __repr__(self) -> str:
         """Show the size."""
@@ -74,15 +42,3 @@ class KVStorage:
         """Zero whole blocks."""
         for block in blocks:
             self._bytes[block].zero_()
-
-    def _tokens(self, segment: KVSegment) -> Tensor:
-        size = self.layout.block_size_tokens
-        tokens: Tensor = self._blocks(segment).unflatten(1, (size, *segment.shape_per_token))
-        return tokens
-
-    def _blocks(self, segment: KVSegment) -> Tensor:
-        """View one segment as [num_blocks, elements]."""
-        num_elements = self.layout.block_size_tokens * math.prod(segment.shape_per_token)
-        end = segment.offset_bytes + num_elements * DTYPE_BYTES[segment.dtype]
-        dtype: torch.dtype = getattr(torch, segment.dtype)
-        return self._bytes[:, segment.offset_bytes : end].view(dtype)

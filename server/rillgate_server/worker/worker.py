@@ -43,6 +43,8 @@ class WorkerOptions:
     """Threads for tensor work; None: torch's default, one per core."""
     block_size_tokens: int = 16
     """Tokens per cache block."""
+    kv_dtype: str = "auto"
+    """Of cached keys and values: `auto` (that of the computation) or `int8`."""
 
 
 class Worker:
@@ -82,7 +84,8 @@ class Worker:
         keep_freed_memory()
         network = TransformersNetwork(model)
         shapes = layer_cache_shapes(model.config)
-        layout = KVLayout.build(options.block_size_tokens, dtype, shapes)
+        kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
+        layout = KVLayout.build(options.block_size_tokens, kv_dtype, shapes)
         return cls(network, replace(spec, dtype=dtype), layout)
 
     def allocate_cache(self, num_blocks: int) -> None:

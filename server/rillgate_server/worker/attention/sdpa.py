@@ -6,7 +6,7 @@ that of chunks). Does not know the model around it.
 A decode row (one token) reads its whole context for one query, so the cost is the gather: rows of
 similar length share one gather and one call, in which a group's heads are the "query tokens", so
 that grouped heads never repeat keys or values in memory. A chunk row has work enough for calls of
-its own, and when it begins its sequence it needs no gather at all.
+its own, and when it begins its sequence it needs no gather at all, unless the cache is in INT8.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rillgate_server.core.model_spec import INT8
 from rillgate_server.worker.attention.base import AttentionStep, PackedRow, PackedStep
 from rillgate_server.worker.attention.chunk import DistanceMasks, attend_chunk, widened
-from rillgate_server.worker.kv_storage import KVStorage, LayerCache
+from rillgate_server.worker.kv_storage import KVStorage
+from rillgate_server.worker.layer_cache import LayerCache
 
 _MAX_WASTED_TOKENS = 1024
 """Padding that one group of decode rows may carry. At two heads of 64 it costs what another call
@@ -47,7 +49,8 @@ class _Chunk:
     first: int
     """Position of the first key that is gathered."""
     blocks: Tensor | None
-    """[num_blocks], int64; None = the sequence begins here: the new keys are all there is."""
+    """[num_blocks], int64; None = the sequence begins here: the new keys are all there is, and the
+    cache keeps them as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class SdpaAttention:
     """
 
     def __init__(self, storage: KVStorage, dtype: torch.dtype) -> None:
-        """Attend over `storage`, whose keys and values have the model's `dtype`."""
+        """Attend over `storage` for a model of `dtype`."""
         self._storage = storage
         windows = {layer.window_tokens for layer in storage.layout.layers}
         self._masks = {window: DistanceMasks(window, dtype) for window in windows}
@@ -119,7 +122,9 @@ class SdpaAttention:
         return _DecodeGroup(offsets, blocks.flatten(), mask)
 
     def _plan_chunk(self, row: PackedRow, window: int | None) -> _Chunk:
-        if row.start == 0:
+        # In INT8 new keys and values are not quite what the cache keeps of them: read that, or
+        # where chunks begin would change the tokens.
+        if row.start == 0 and self._storage.layout.kv_dtype != INT8:
             return _Chunk(row, 0, None)
         block_size = self._storage.layout.block_size_tokens
         first, last = _block_span(row, block_size, window)
@@ -155,7 +160,7 @@ class _SdpaStep:
             offset, end = chunk.row.offset, chunk.row.offset + chunk.row.num_tokens
             keys, values = key[:, offset:end], value[:, offset:end]
             if chunk.blocks is not None:
-                keys, values = _gather_chunk(cache, chunk, chunk.blocks)
+                keys, values = _gather_chunk(cache, chunk, chunk.blocks, query.dtype)
             output[offset:end] = attend_chunk(
                 query[:, offset:end],
                 keys,
@@ -175,35 +180,32 @@ def _decode(cache: LayerCache, group: _DecodeGroup, query: Tensor, scaling: floa
     heads of 64; 1057 against 279 at 4 heads of 32).
     """
     num_rows = group.mask.shape[0]
-    num_kv_heads = cache.keys.shape[2]
+    num_kv_heads, dim = cache.keys.shape_per_token
     if group.offsets is not None:
         query = query.index_select(1, group.offsets)
-    num_heads, _, dim = query.shape
+    num_heads = query.shape[0]
     query = query.transpose(0, 1).reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, dim)
-    keys = _gather(cache.key_blocks, group.blocks, (num_rows, -1, *cache.keys.shape[2:]))
-    values = _gather(cache.value_blocks, group.blocks, (num_rows, -1, *cache.values.shape[2:]))
+    keys = cache.keys.gather(group.blocks, torch.float32).unflatten(0, (num_rows, -1))
+    values = cache.values.gather(group.blocks, torch.float32).unflatten(0, (num_rows, -1))
     value_dim = values.shape[-1]
     output = F.scaled_dot_product_attention(
         query.float(),
-        keys.float().transpose(1, 2),
-        widened(values, dim).float().transpose(1, 2),
+        keys.transpose(1, 2),
+        widened(values, dim).transpose(1, 2),
         attn_mask=group.mask,
         scale=scaling,
     )
     return output[..., :value_dim].reshape(num_rows, num_heads, value_dim).to(query.dtype)
 
 
-def _gather_chunk(cache: LayerCache, chunk: _Chunk, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _gather_chunk(
+    cache: LayerCache, chunk: _Chunk, blocks: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return keys and values [num_kv_heads, context, dim] of a chunk row, up to its end."""
     context = chunk.row.start + chunk.row.num_tokens - chunk.first
-    keys = _gather(cache.key_blocks, blocks, (-1, *cache.keys.shape[2:]))
-    values = _gather(cache.value_blocks, blocks, (-1, *cache.values.shape[2:]))
-    return keys[:context].transpose(0, 1), values[:context].transpose(0, 1)
-
-
-def _gather(blocks_of_layer: Tensor, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Copy blocks out of the storage, in order."""
-    return blocks_of_layer.index_select(0, blocks).view(shape)
+    keys = cache.keys.gather(blocks, dtype)[:context]
+    values = cache.values.gather(blocks, dtype)[:context]
+    return keys.transpose(0, 1), values.transpose(0, 1)
 
 
 def _mask(own: Tensor, seen: Tensor, window: int | None) -> Tensor:
