@@ -6,7 +6,8 @@ from rillgate_server.core.clock import VirtualClock
 from rillgate_server.core.step import StepOutput, StepPlan
 from rillgate_server.engine.engine import Engine
 from rillgate_server.engine.testing import FakeExecutor
-from tests.support.engine import MODEL, Answers, Limits, make_request, reference_answer
+from tests.support.answers import MODEL, Answers, reference_answer
+from tests.support.engine import Limits, make_request
 
 
 def test_steps_lead_from_a_request_to_its_answer() -> None:

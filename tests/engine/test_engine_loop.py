@@ -13,7 +13,8 @@ from rillgate_server.core.step import StepPlan
 from rillgate_server.engine.engine import Engine
 from rillgate_server.engine.engine_loop import EngineEvent, EngineLoop
 from rillgate_server.engine.testing import FakeExecutor
-from tests.support.engine import MODEL, Answers, Limits, make_request, reference_answer
+from tests.support.answers import MODEL, Answers, reference_answer
+from tests.support.engine import Limits, make_request
 
 WAIT_S = 20.0
 """Far more than anything here takes; reached only when a test fails."""

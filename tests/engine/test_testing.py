@@ -7,7 +7,8 @@ import pytest
 
 from rillgate_server.core.step import RowPlan, SlotStart, StepPlan, StepResult
 from rillgate_server.engine.testing import CacheMismatch, FakeExecutor
-from tests.support.engine import MODEL, Driver, Limits, make_request
+from tests.support.answers import MODEL
+from tests.support.engine import Driver, Limits, make_request
 
 BLOCK_SIZE = 4
 

@@ -14,7 +14,7 @@ from rillgate_server.core.step import (
     StepResult,
 )
 from rillgate_server.engine.testing import CacheMismatch, FakeCopies, FakeExecutor
-from tests.support.engine import MODEL
+from tests.support.answers import MODEL
 
 SIZE = 4
 OUT, IN = CopyDirection.DEVICE_TO_HOST, CopyDirection.HOST_TO_DEVICE

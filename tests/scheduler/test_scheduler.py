@@ -9,7 +9,8 @@ from rillgate_server.core.request import ChoiceStart, FinishReason
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import RowPlan, StepOutput, StepPlan, StepResult
 from rillgate_server.errors import EngineFailure
-from tests.support.engine import EOS, MODEL, Driver, Limits, make_request, reference_answer
+from tests.support.answers import EOS, MODEL, reference_answer
+from tests.support.engine import Driver, Limits, make_request
 
 
 def streams_in(output: StepOutput | None) -> set[int]:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rillgate_server.core.request import ChoiceStart, RejectReason, Request
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import RowPlan
-from tests.support.engine import EOS, Driver, Limits, make_request, reference_answer
+from tests.support.answers import EOS, reference_answer
+from tests.support.engine import Driver, Limits, make_request
 
 POISON = 99
 """A row whose context has this token at position 2 fails once it has as many tokens as the next."""

@@ -1,38 +1,30 @@
-"""Drives a scheduler over a FakeExecutor on a virtual clock, and knows what every answer must be.
-
-The reference answer is made one request at a time, without cache, chunks or batches: so sharing,
-chunking, preemption and continuation are right exactly when the answers agree.
-"""
+"""Drives a scheduler over a FakeExecutor on a virtual clock; checks what holds at every step."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
 from rillgate_server.core.clock import VirtualClock
-from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.load import TierLoad
+from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.request import (
     ChoiceStart,
-    FinishReason,
     Rejection,
     Request,
 )
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import (
-    ChoiceFinished,
-    PromptLogprobs,
-    RequestStarted,
+    CopyJob,
     RowPlan,
     StepOutput,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
 from rillgate_server.engine.executor import Executor
-from rillgate_server.engine.testing import FakeExecutor, FakeModel, fake_logprobs
+from rillgate_server.engine.testing import FakeCopies, FakeExecutor, FakeModel
 from rillgate_server.scheduler.scheduler import Scheduler
+from tests.support.answers import EOS, MODEL, Answers
 
-EOS = 1
-MODEL = FakeModel(vocab_size=100, eos_token_id=EOS, eos_probability=0.05)
 SPEC = ModelSpec(
     name="fake",
     version_digest="00" * 32,
@@ -45,6 +37,10 @@ SPEC = ModelSpec(
 )
 STEP_S = 0.01
 """What a step takes on the virtual clock."""
+BLOCK_BYTES = 1024
+MAX_DRAIN_STEPS = 1000
+"""Within which copies that nobody waits for must end."""
+_INSTANT = FakeCopies()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +55,9 @@ class Limits:
     max_waiting_requests: int = 100
     max_waiting_tokens: int = 10_000
     prefix_caching: bool = True
+    num_host_blocks: int = 0
+    load_policy: str = "auto"
+    audit: bool = False
 
     def make_scheduler(self) -> Scheduler:
         """Build an idle scheduler."""
@@ -70,9 +69,35 @@ class Limits:
             max_waiting_tokens=self.max_waiting_tokens,
         )
         cache = CacheConfig(
-            block_size_tokens=self.block_size_tokens, prefix_caching=self.prefix_caching
+            block_size_tokens=self.block_size_tokens,
+            prefix_caching=self.prefix_caching,
+            load_policy=self.load_policy,
+            audit=self.audit,
         )
-        return Scheduler(batcher, cache, SPEC, self.num_blocks)
+        sizes = CacheSizes(self.num_blocks, BLOCK_BYTES, SPEC.dtype, self.num_host_blocks)
+        return Scheduler(batcher, cache, SPEC, sizes)
+
+    def make_executor(
+        self,
+        model: FakeModel,
+        copies: FakeCopies = _INSTANT,
+        before_step: Callable[[StepPlan], None] | None = None,
+        fail_rows: Callable[[RowPlan, Sequence[int]], str | None] | None = None,
+    ) -> FakeExecutor:
+        """Build its data plane. `copies` says how copies go, these limits what room there is."""
+        return FakeExecutor(
+            self.num_blocks,
+            self.block_size_tokens,
+            model,
+            before_step=before_step,
+            fail_rows=fail_rows,
+            copies=replace(
+                copies,
+                num_host_blocks=self.num_host_blocks,
+                audit=self.audit,
+                block_bytes=BLOCK_BYTES,
+            ),
+        )
 
 
 def make_request(
@@ -92,99 +117,8 @@ def make_request(
     )
 
 
-def reference_answer(
-    request: Request, choice: ChoiceStart, model: FakeModel = MODEL
-) -> tuple[tuple[int, ...], FinishReason]:
-    """Return all tokens of a choice, given ones included, and why it ends: the obvious way."""
-    tokens = list(choice.generated_token_ids)
-    num_prompt = len(request.prompt_token_ids)
-    while True:
-        is_long_enough = len(tokens) >= request.sampling.min_tokens
-        if tokens and tokens[-1] in request.stop_token_ids and is_long_enough:
-            return tuple(tokens), FinishReason.STOP
-        if len(tokens) >= request.max_tokens:
-            return tuple(tokens), FinishReason.LENGTH
-        context = [*request.prompt_token_ids, *tokens]
-        tokens.append(model.next_token(context, num_prompt, request.sampling, choice.index))
-
-
-@dataclass
-class Answer:
-    """What a caller has got for one request."""
-
-    request: Request
-    started: RequestStarted | None = None
-    tokens: dict[int, list[int]] = field(default_factory=dict)
-    """Choice -> its tokens, given ones included."""
-    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    finished: dict[int, ChoiceFinished] = field(default_factory=dict)
-    prompt_logprobs: PromptLogprobs | None = None
-    failure: str | None = None
-    aborted: set[int] = field(default_factory=set)
-    """Choices of which nothing more may come."""
-
-    @property
-    def wanted(self) -> tuple[ChoiceStart, ...]:
-        """The choices that must be answered in full."""
-        return tuple(c for c in self.request.choices if c.index not in self.aborted)
-
-
-class Answers:
-    """Collects events per request, and checks the promises about their order."""
-
-    def __init__(self) -> None:
-        """Start without requests."""
-        self.of: dict[int, Answer] = {}
-        self.gone: set[int] = set()
-        """Aborted requests: nothing may follow for them."""
-
-    def expect(self, request: Request) -> None:
-        """Take in a request that was accepted."""
-        self.of[request.request_id] = Answer(
-            request,
-            tokens={c.index: list(c.generated_token_ids) for c in request.choices},
-            logprobs={c.index: [] for c in request.choices},
-        )
-
-    def take(self, output: StepOutput | None) -> None:
-        """Add one output's events."""
-        if output is None:
-            return
-        for started in output.started:
-            answer = self._open(started.request_id)
-            assert answer.started is None, "started twice"
-            num_known = len(answer.request.prompt_token_ids)
-            if not any(choice.generated_token_ids for choice in answer.request.choices):
-                num_known -= 1  # somebody needs the last prompt token's logits
-            assert started.num_cached_tokens <= num_known
-            answer.started = started
-        for entry in output.prompt_logprobs:
-            answer = self._open(entry.request_id)
-            assert answer.prompt_logprobs is None, "prompt logprobs twice"
-            answer.prompt_logprobs = entry
-        for tokens in output.tokens:
-            answer = self._open(tokens.request_id)
-            assert answer.started is not None, "tokens before started"
-            assert tokens.choice_index not in answer.finished, "tokens after finished"
-            assert tokens.choice_index not in answer.aborted, "tokens after an abort"
-            assert tokens.token_offset == len(answer.tokens[tokens.choice_index]), "a gap"
-            answer.tokens[tokens.choice_index] += tokens.token_ids
-            answer.logprobs[tokens.choice_index] += tokens.logprobs
-        for finished in output.finished:
-            answer = self._open(finished.request_id)
-            assert answer.started is not None, "finished before started"
-            assert finished.choice_index not in answer.finished, "finished twice"
-            assert finished.choice_index not in answer.aborted, "finished after an abort"
-            assert finished.num_tokens == len(answer.tokens[finished.choice_index])
-            answer.finished[finished.choice_index] = finished
-        for failed in output.failed:
-            self._open(failed.request_id).failure = failed.message
-
-    def _open(self, request_id: int) -> Answer:
-        assert request_id not in self.gone, "an event for an aborted request"
-        answer = self.of[request_id]
-        assert answer.failure is None, "an event for a failed request"
-        return answer
+class StepLost(Exception):
+    """A step that the executor did not finish, because the test said so."""
 
 
 class Driver:
@@ -196,17 +130,21 @@ class Driver:
         *,
         fail_rows: Callable[[RowPlan, Sequence[int]], str | None] | None = None,
         model: FakeModel = MODEL,
+        copies: FakeCopies = _INSTANT,
     ) -> None:
-        """Start idle."""
+        """Start idle. `copies` says how copies go; `limits` how much room the host tier has."""
         self.limits = limits
         self.clock = VirtualClock()
         self.scheduler = limits.make_scheduler()
-        self.executor: Executor = FakeExecutor(
-            limits.num_blocks, limits.block_size_tokens, model, fail_rows=fail_rows
-        )
+        self.fake = limits.make_executor(model, copies, self._before_step, fail_rows)
+        self.executor: Executor = self.fake
         self.answers = Answers()
         self.plans: list[StepPlan] = []
         self.outputs: list[StepOutput] = []
+        self.in_flight: dict[int, CopyJob] = {}
+        """Copies that a plan began and no result has reported."""
+        self.loses_next_step = False
+        """Whether the executor raises in the next step, once its copies have begun."""
 
     def submit(self, request: Request) -> Rejection | None:
         """Add a request; expects an answer unless it is refused."""
@@ -230,22 +168,40 @@ class Driver:
         plan = self.scheduler.schedule(self.clock.now())
         self.scheduler.check_integrity()
         if plan is not None:
+            self.in_flight |= {job.copy_id: job for job in plan.copies}
             self._check_plan(plan)
             self.plans.append(plan)
         return plan
 
     def end(self, plan: StepPlan) -> StepOutput:
-        """Execute and update."""
-        return self.apply(self.executor.execute(plan))
+        """Execute and update; a step that the executor loses fails its requests."""
+        try:
+            result = self.executor.execute(plan)
+        except StepLost as error:
+            self.clock.advance(STEP_S)
+            return self._took(self.scheduler.fail_plan(str(error), self.clock.now()))
+        return self.apply(result)
 
     def apply(self, result: StepResult) -> StepOutput:
         """Update with a result, and collect what it means."""
         self.clock.advance(STEP_S)
-        output = self.scheduler.update(result, self.clock.now())
+        for done in result.finished_copies:
+            del self.in_flight[done.copy_id]
+        return self._took(self.scheduler.update(result, self.clock.now()))
+
+    def _took(self, output: StepOutput) -> StepOutput:
         self.scheduler.check_integrity()
+        load = self.scheduler.load(self.clock.now())
+        _check_sum(load.device, self.limits.num_blocks)
+        _check_sum(load.host, self.limits.num_host_blocks)
         self.outputs.append(output)
         self.answers.take(output)
         return output
+
+    def flush(self) -> None:
+        """Forget everything that is cached."""
+        self.scheduler.flush_cache()
+        self.scheduler.check_integrity()
 
     def step(self) -> StepOutput | None:
         """Run one whole step; None when nothing is to be computed."""
@@ -263,8 +219,13 @@ class Driver:
             self.step()
         raise AssertionError(f"still at work after {max_steps} steps: {self.scheduler}")
 
+    def _before_step(self, plan: StepPlan) -> None:
+        if self.loses_next_step:
+            self.loses_next_step = False
+            raise StepLost(f"step {plan.step_id} is lost")
+
     def _check_plan(self, plan: StepPlan) -> None:
-        assert plan.rows, "an empty plan"
+        assert plan.rows or self.in_flight, "an empty plan, and no copy to wait for"
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots), "two rows for one slot"
         num_tokens = sum(row.num_tokens for row in plan.rows)
@@ -272,31 +233,35 @@ class Driver:
         assert all(0 <= slot < self.limits.max_running for slot in slots)
 
     def check_idle(self) -> None:
-        """Prove that nothing is held any more."""
+        """Prove that nothing is held any more, once the copies in flight have ended."""
+        self.drain_copies()
         load = self.scheduler.load(self.clock.now())
-        assert (load.num_running, load.num_waiting) == (0, 0)
-        assert load.device.num_blocks_used == 0
-        assert load.device.num_blocks_free + load.device.num_blocks_cached == load.device.num_blocks
+        assert (load.num_running, load.num_loading, load.num_waiting) == (0, 0, 0)
+        for tier in (load.device, load.host):
+            assert (tier.num_blocks_used, tier.num_blocks_copying) == (0, 0), tier
         self.scheduler.check_integrity()
+
+    def drain_copies(self) -> None:
+        """Step on until no copy is in flight."""
+        for _ in range(MAX_DRAIN_STEPS):
+            if not self.in_flight:
+                return
+            assert self.step() is not None, f"nobody waits for {self.in_flight}"
+        raise AssertionError(f"still in flight: {self.in_flight}")
 
     def check_answers(self) -> None:
         """Prove that every request that nobody aborted has exactly its reference answer."""
-        for request_id, answer in self.answers.of.items():
-            if request_id in self.answers.gone or answer.failure is not None:
-                continue
-            self._check_prompt_logprobs(answer)
-            for choice in answer.wanted:
-                assert choice.index in answer.finished, answer
-                tokens, reason = reference_answer(answer.request, choice)
-                assert tuple(answer.tokens[choice.index]) == tokens, (request_id, choice.index)
-                assert answer.finished[choice.index].reason is reason
+        self.answers.check(self.limits.block_size_tokens)
 
-    def _check_prompt_logprobs(self, answer: Answer) -> None:
-        num_top = answer.request.sampling.num_prompt_logprobs
-        if num_top is None:
-            assert answer.prompt_logprobs is None
-        elif any(answer.finished[c.index].num_tokens > len(c.generated_token_ids)
-                 for c in answer.wanted):  # fmt: skip
-            assert answer.prompt_logprobs is not None
-            expected = [fake_logprobs(t, num_top) for t in answer.request.prompt_token_ids[1:]]
-            assert list(answer.prompt_logprobs.positions) == expected
+
+def _check_sum(tier: TierLoad, num_blocks: int) -> None:
+    """Prove that each block of a tier is in one place."""
+    assert tier.num_blocks == num_blocks
+    places = (
+        tier.num_blocks_free,
+        tier.num_blocks_used,
+        tier.num_blocks_cached,
+        tier.num_blocks_copying,
+    )
+    assert min(places) >= 0, tier
+    assert sum(places) == num_blocks, tier
