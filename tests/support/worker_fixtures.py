@@ -48,9 +48,14 @@ def reference(checkpoint: MakeCheckpoint) -> MakeReference:
 
 
 def load_worker(
-    path: Path, dtype: str = "float32", block_size: int = BLOCK_SIZE, num_blocks: int = NUM_BLOCKS
+    path: Path,
+    dtype: str = "float32",
+    block_size: int = BLOCK_SIZE,
+    num_blocks: int = NUM_BLOCKS,
+    kv_dtype: str = "auto",
 ) -> Worker:
     """Load a checkpoint and give it a cache."""
-    worker = Worker.load(path, WorkerOptions(dtype=dtype, block_size_tokens=block_size))
+    options = WorkerOptions(dtype=dtype, block_size_tokens=block_size, kv_dtype=kv_dtype)
+    worker = Worker.load(path, options)
     worker.allocate_cache(num_blocks)
     return worker

@@ -1,5 +1,6 @@
 """A step's results: prompt log-probabilities across chunk borders, failed rows, odd plans."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,27 +66,30 @@ def test_prompt_logprobs_of_a_replayed_request_end_with_its_prompt(
     assert [entry.token_id for entry in job.prompt_logprobs] == list(job.prompt[1:])
 
 
-def test_a_row_without_a_finite_logit_fails_alone(poisoned: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_row_without_a_finite_logit_fails_alone(poisoned: Path, kv_dtype: str) -> None:
     """Its request ends with a message; neighbours' tokens are what they are without it."""
     prompts = [[token for token in prompt if token != POISON] for prompt in mixed_prompts()]
+    make = partial(load_worker, poisoned, kv_dtype=kv_dtype)
     alone = [Job(prompt, 8, NEVER_POISON) for prompt in prompts]
-    Planner(NUM_BLOCKS, 4, step_tokens=64, chunk=20).run(load_worker(poisoned), alone)
+    Planner(NUM_BLOCKS, 4, step_tokens=64, chunk=20).run(make(), alone)
     together = [Job(prompt, 8, NEVER_POISON) for prompt in prompts]
     broken = Job([1, 2, POISON, 3, 4, 5, 6, 7, 8, 9], 8, GREEDY)
     jobs = [*together[:6], broken, *together[6:]]
-    Planner(NUM_BLOCKS, 4, step_tokens=64, chunk=20).run(load_worker(poisoned), jobs)
+    Planner(NUM_BLOCKS, 4, step_tokens=64, chunk=20).run(make(), jobs)
     assert broken.failure == "the model gave a NaN or no finite logit"
     assert broken.tokens == []
     assert [job.failure for job in together] == [None] * len(together)
     assert [job.tokens for job in together] == [job.tokens for job in alone]
 
 
-def test_blocks_of_a_failed_request_are_safe_to_use_again(poisoned: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_blocks_of_a_failed_request_are_safe_to_use_again(poisoned: Path, kv_dtype: str) -> None:
     """Its NaN values lie behind the next holder's tokens, masked but multiplied: they must go."""
     good = [3, 1, 4, 1, 5]
     fresh = Job(good, 10, NEVER_POISON)
-    Planner(8, 4, step_tokens=64, chunk=64).run(load_worker(poisoned), [fresh])
-    worker = load_worker(poisoned)
+    Planner(8, 4, step_tokens=64, chunk=64).run(load_worker(poisoned, kv_dtype=kv_dtype), [fresh])
+    worker = load_worker(poisoned, kv_dtype=kv_dtype)
     broken = Job([POISON] * 30, 5, GREEDY)
     later = Job(good, 10, NEVER_POISON, starts_at_step=1)
     Planner(8, 4, step_tokens=64, chunk=64).run(worker, [broken, later])
