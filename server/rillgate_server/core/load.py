@@ -5,15 +5,101 @@ A snapshot; who sends it and how often is the replica's business.
 
 from dataclasses import dataclass
 
+from rillgate_server.core.request import PriorityClass
+
 
 @dataclass(frozen=True, slots=True)
 class TierLoad:
-    """Blocks of one tier: free + used + cached == total."""
+    """Blocks of one tier: free + used + cached + copying == total; and counts since the start."""
 
     num_blocks: int = 0
     num_blocks_free: int = 0
     num_blocks_used: int = 0
     num_blocks_cached: int = 0
+    num_blocks_copying: int = 0
+    """Held by a copy alone."""
+    num_hit_tokens: int = 0
+    """Prompt and replayed tokens that were found in this tier and used."""
+    num_evicted_blocks: int = 0
+    """Cached blocks that were given up for room."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyCounts:
+    """Copies between the tiers since the start."""
+
+    num_stored_blocks: int = 0
+    """Device to host."""
+    num_stored_bytes: int = 0
+    num_loaded_blocks: int = 0
+    """Host to device."""
+    num_loaded_bytes: int = 0
+    num_failed_blocks: int = 0
+    """Whose copy failed, either way."""
+    num_refused_blocks: int = 0
+    """Whose checksum did not match (audit mode)."""
+    num_unsaved_blocks: int = 0
+    """Evicted from the device tier before the host tier had them, while it was on."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadDecisions:
+    """What was decided about hits in the host tier, and what came of it, since the start."""
+
+    num_loads: int = 0
+    """Requests that loaded blocks from the host tier."""
+    num_recomputes: int = 0
+    """Requests that computed blocks which the host tier held, all or some of them."""
+    num_loaded_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    predicted_load_s: float = 0.0
+    """Summed over finished loads."""
+    actual_load_s: float = 0.0
+    """Summed over the same."""
+    num_swap_preemptions: int = 0
+    """Victims whose blocks went to the host tier."""
+    num_recompute_preemptions: int = 0
+    """Victims whose blocks were left to be computed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class FittedCosts:
+    """What steps and copies cost, as fitted from what was measured; 0 until then."""
+
+    step_s: float = 0.0
+    """Of any step."""
+    prefill_token_s: float = 0.0
+    """Of one prefilled token, without its context."""
+    prefill_context_s: float = 0.0
+    """Of one prefilled token and one token that it attends to."""
+    decode_row_s: float = 0.0
+    """Of one decoding choice."""
+    decode_context_s: float = 0.0
+    """Of one token that a decoding choice attends to."""
+    load_latency_s: float = 0.0
+    """Of a copy to the device tier, whatever its size."""
+    load_bytes_per_s: float = 0.0
+    store_latency_s: float = 0.0
+    """Of a copy to the host tier, whatever its size."""
+    store_bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FlushedBlocks:
+    """Cached blocks that were forgotten on demand."""
+
+    num_device_blocks: int
+    num_host_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """What waits of one tenant in one priority class."""
+
+    priority: PriorityClass
+    tenant: str
+    num_requests: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +113,8 @@ class EngineLoad:
     is_draining: bool = False
     num_running: int = 0
     """Choices in the running batch."""
+    num_loading: int = 0
+    """Choices whose blocks are on the way from the host tier."""
     num_waiting: int = 0
     """Choices that wait."""
     num_running_tokens: int = 0
@@ -34,6 +122,12 @@ class EngineLoad:
     num_waiting_tokens: int = 0
     """Tokens that wait for their prefill."""
     device: TierLoad = TierLoad()
+    host: TierLoad = TierLoad()
+    copies: CopyCounts = CopyCounts()
+    decisions: LoadDecisions = LoadDecisions()
+    costs: FittedCosts = FittedCosts()
+    queues: tuple[QueueLoad, ...] = ()
+    """The largest first, at most MAX_QUEUE_LOADS; the rest is not named."""
     prefill_tokens_per_s: float = 0.0
     """Measured; 0 until then."""
     decode_step_s: float = 0.0
@@ -42,3 +136,7 @@ class EngineLoad:
     """Since the start, like the two below."""
     num_cached_tokens: int = 0
     num_prompt_tokens: int = 0
+
+
+MAX_QUEUE_LOADS = 64
+"""Tenants and classes that one load names: a Load leaves five times a second."""

@@ -5,12 +5,33 @@ names, gRPC, or which stream asked.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 
 from rillgate_server.core.sampling_params import SamplingParams
 
 NO_SALT = bytes(16)
 """The salt of a prefix that anybody may share."""
+
+
+class PriorityClass(IntEnum):
+    """Who goes first; lower numbers do."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """On whose account a request runs. Only a gateway says so, from the connection."""
+
+    name: str = ""
+    """Empty: the one of all callers without an identity."""
+    weight: float = 1.0
+    """Its share among tenants that compete, above 0."""
+
+
+DEFAULT_TENANT = Tenant()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +63,15 @@ class Request:
     caller ignores them."""
     cache_salt: bytes = NO_SALT
     """16 bytes, mixed into the block hashes."""
+    num_shared_prefix_tokens: int = 0
+    """The prompt's first tokens that an operator declared shared: blocks wholly inside carry no
+    salt."""
+    tenant: Tenant = DEFAULT_TENANT
+    priority: PriorityClass = PriorityClass.NORMAL
     arrival_s: float = 0.0
-    """When it arrived, on the engine's clock."""
+    """When it arrived, on the engine's clock; earlier than its `add` if it waited elsewhere."""
+    deadline_s: float | None = None
+    """When its caller gives up, on the engine's clock; None: never."""
 
 
 class FinishReason(Enum):
@@ -59,6 +87,10 @@ class RejectReason(Enum):
     INVALID = "invalid"
     TOO_LONG = "too_long"
     OVERLOADED = "overloaded"
+    DEADLINE_NEVER = "deadline_never"
+    """Could not make its deadline on an idle replica either."""
+    DEADLINE_NOW = "deadline_now"
+    """Cannot make its deadline behind what waits here."""
     DRAINING = "draining"
 
 
@@ -74,6 +106,8 @@ class Rejection:
     limit: int = 0
     retry_after_s: float = 0.0
     """Predicted time until a retry can pay."""
+    predicted_ttft_s: float = 0.0
+    """Predicted time to the first token; 0 where nothing was predicted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ A request's positions, and what a RowPlan computes of them:
 """
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from rillgate_server.core.request import FinishReason
 from rillgate_server.core.sampling_params import SamplingParams
@@ -53,9 +54,53 @@ class RowPlan:
     """Whether its positions' logits give the prompt's log-probabilities."""
 
 
+class CopyDirection(Enum):
+    """Between which tiers blocks are copied."""
+
+    DEVICE_TO_HOST = "device_to_host"
+    HOST_TO_DEVICE = "host_to_device"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyJob:
+    """Whole blocks to copy: begun with the plan, ended whenever, reported in a later result.
+
+    Until it is reported nobody writes its sources, and nobody reads or writes its targets.
+    """
+
+    copy_id: int
+    """+1 each."""
+    direction: CopyDirection
+    pairs: tuple[tuple[int, int], ...]
+    """(source block, target block); at least one, targets are distinct."""
+    checksums: tuple[int, ...] | None = None
+    """What the sources must hold, one per pair: HOST_TO_DEVICE in audit mode alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDone:
+    """The end of a copy. Once it is reported, none of its blocks is touched any more."""
+
+    copy_id: int
+    failed_pairs: tuple[int, ...] = ()
+    """Positions in the job's pairs whose target does not hold what it should."""
+    num_bytes: int = 0
+    """Of the pairs that arrived."""
+    seconds: float = 0.0
+    """From its first byte to its last; the wait behind other copies does not count."""
+    checksums: tuple[int, ...] = ()
+    """Of the pairs: DEVICE_TO_HOST in audit mode alone."""
+    message: str = ""
+    """Why pairs failed, for the log."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Results come back in the order of `step_id`."""
+    """One step. Results come back in the order of `step_id`.
+
+    A plan without rows only begins its copies, and its result may wait a few milliseconds for a
+    copy in flight to end: nothing else is to be done.
+    """
 
     step_id: int
     """+1 each."""
@@ -64,6 +109,8 @@ class StepPlan:
     """Packed in this order; results in this order."""
     ended_slots: tuple[int, ...] = ()
     """Free on the worker before this step's starts: a start of the same plan may reuse one."""
+    copies: tuple[CopyJob, ...] = ()
+    """Begun before anything else of the step, even of one that then fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +151,8 @@ class StepResult:
     prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...] = ()
     """(slot, one entry per position of the row that predicts a prompt token)."""
     failed_rows: tuple[FailedRow, ...] = ()
+    finished_copies: tuple[CopyDone, ...] = ()
+    """All that ended since the last result, in no promised order."""
     times: StepTimes = field(default_factory=StepTimes)
 
 
@@ -126,7 +175,9 @@ class RequestStarted:
     request_id: int
     queue_s: float
     num_cached_tokens: int
-    """Prompt tokens found in the cache."""
+    """Prompt tokens found in the cache, in either tier."""
+    num_cached_host_tokens: int = 0
+    """Those of them that came from the host tier."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,13 @@ sequence to the stop ids and gives it a number of its own. Does not know protobu
 
 from dataclasses import dataclass
 
-from rillgate_server.core.request import NO_SALT, ChoiceStart
+from rillgate_server.core.request import (
+    DEFAULT_TENANT,
+    NO_SALT,
+    ChoiceStart,
+    PriorityClass,
+    Tenant,
+)
 from rillgate_server.core.sampling_params import SamplingParams
 
 MAX_REQUEST_ID_BYTES = 128
@@ -32,3 +38,11 @@ class Submission:
     """Goes on after the model's own ends of sequence."""
     cache_salt: bytes = NO_SALT
     """16 bytes."""
+    num_shared_prefix_tokens: int = 0
+    """The prompt's first tokens that an operator declared shared."""
+    tenant: Tenant = DEFAULT_TENANT
+    priority: PriorityClass = PriorityClass.NORMAL
+    time_remaining_s: float | None = None
+    """Until the caller gives up; None: never. Not a time of day: clocks differ."""
+    waited_s: float = 0.0
+    """What it has waited already, here or at another replica."""

@@ -24,18 +24,21 @@ class Engine:
         return f"Engine({self.scheduler})"
 
     def step(self) -> StepOutput | None:
-        """Run one step and return what it means for the requests; None when there is no work.
+        """Run one step and return what it means for the requests; None when there is nothing to do,
+        or nothing but to wait (`Scheduler.seconds_to_wait`).
 
         Raises whatever the executor raises; `Scheduler.fail_plan` then clears the step away.
         """
-        plan = self.scheduler.schedule(self._clock.now())
+        now = self._clock.now()
+        plan = self.scheduler.schedule(now)
         if plan is None:
-            return self._without_plan()
+            return self._without_plan(now)
         result = self._executor.execute(plan)
         return self.scheduler.update(result, self._clock.now())
 
-    def _without_plan(self) -> StepOutput | None:
+    def _without_plan(self, now: float) -> StepOutput | None:
         output = self.scheduler.take_events()
-        if output is None and self.scheduler.has_work:
+        is_waiting = self.scheduler.seconds_to_wait(now) > 0.0
+        if output is None and self.scheduler.has_work and not is_waiting:
             raise EngineFailure(f"requests wait and no step can be formed: {self.scheduler}")
         return output

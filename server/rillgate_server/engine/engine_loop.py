@@ -12,12 +12,13 @@ Idle, the thread waits on the queue; while there is work it empties the queue be
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, current_thread
 
 from rillgate_server.core.clock import Clock
-from rillgate_server.core.load import EngineLoad
+from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
 from rillgate_server.core.step import StepOutput
 from rillgate_server.engine.engine import Engine
@@ -42,11 +43,16 @@ class _Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class _Flush:
+    flushed: Future[FlushedBlocks]
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-_Command = Request | _Abort | _Drain | _Stop
+_Command = Request | _Abort | _Drain | _Flush | _Stop
 
 
 class EngineLoop:
@@ -112,6 +118,19 @@ class EngineLoop:
         """End some choices of a request, or all; takes effect after the step under way."""
         self._commands.put(_Abort(request_id, choice_indices))
 
+    def flush_cache(self) -> Future[FlushedBlocks]:
+        """Forget cached blocks that no request uses; the future tells how many, after the step.
+
+        It is cancelled when the loop has ended.
+        """
+        flushed: Future[FlushedBlocks] = Future()
+        with self._lock:
+            if self._is_closed:
+                flushed.cancel()
+            else:
+                self._commands.put(_Flush(flushed))
+        return flushed
+
     def drain(self) -> None:
         """Refuse new requests; `wait_idle` tells when the accepted ones are done."""
         self._commands.put(_Drain())
@@ -160,12 +179,20 @@ class EngineLoop:
     def _read_commands(self) -> bool:
         """Apply all commands there are, waiting for one without work; False: it is time to stop."""
         try:
-            self._apply(self._commands.get(block=not self._engine.scheduler.has_work))
+            self._apply(self._wait_for_command())
             while not self._is_stopping:
                 self._apply(self._commands.get_nowait())
         except Empty:
             pass
         return not self._is_stopping
+
+    def _wait_for_command(self) -> _Command:
+        """Return the next command; raises Empty when there is something else to do first."""
+        scheduler = self._engine.scheduler
+        if not scheduler.has_work:
+            return self._commands.get()
+        wait_s = scheduler.seconds_to_wait(self._clock.now())
+        return self._commands.get(timeout=wait_s) if wait_s else self._commands.get_nowait()
 
     def _apply(self, command: _Command) -> None:
         match command:
@@ -177,6 +204,8 @@ class EngineLoop:
                 self._engine.scheduler.abort(command.request_id, command.choice_indices)
             case _Drain():
                 self._engine.scheduler.drain()
+            case _Flush():
+                command.flushed.set_result(self._engine.scheduler.flush_cache())
             case _Stop():
                 self._is_stopping = True
 
@@ -218,6 +247,8 @@ class EngineLoop:
             command = self._commands.get_nowait()
             if isinstance(command, Request):
                 self._on_event(_refused(command))
+            elif isinstance(command, _Flush):
+                command.flushed.cancel()
         self._publish_load()
 
 

@@ -1,62 +1,134 @@
-"""Which block holds which prefix: chained hash -> block.
+"""Which blocks hold which prefix, in both tiers: chained hash -> block.
 
-Owns both directions of the map. Does not know references, tokens or sequences: a block stays here
-from the moment it is full and computed until it is evicted.
+Owns both directions of the map per tier, and which prefix continues which. Does not know
+references, tokens or sequences: a block stays here from the moment it is full and computed (or on
+its way from the host tier) until it is evicted or forgotten.
+
+    hash            h0 ◀─ h1 ◀─ h2 ◀─ h3        device:  h0 7, h1 2          (h3's parent is h2)
+                                                host:    h1 5, h2 0, h3 1
 """
 
 from collections.abc import Iterable
+from enum import IntEnum
+
+
+class Tier(IntEnum):
+    """Where a block lies."""
+
+    DEVICE = 0
+    HOST = 1
+
+
+class _Side:
+    """One tier's part of the index."""
+
+    __slots__ = ("block_of", "hash_of", "num_children")
+
+    def __init__(self) -> None:
+        self.block_of: dict[bytes, int] = {}  # chained hash -> block
+        self.hash_of: dict[int, bytes] = {}  # block -> chained hash
+        self.num_children: dict[bytes, int] = {}  # hash -> blocks of this tier that continue it
 
 
 class PrefixIndex:
-    """Full, computed blocks by the hash of everything up to their end.
+    """Full blocks by the hash of everything up to their end.
 
-    State: two maps, each the inverse of the other.
+    State: per tier two maps, each the inverse of the other, and the count of children; and each
+    indexed hash's parent.
     """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._block_of: dict[bytes, int] = {}  # chained hash -> block
-        self._hash_of: dict[int, bytes] = {}  # block -> chained hash
+        self._sides = (_Side(), _Side())  # by Tier
+        self._parent_of: dict[bytes, bytes | None] = {}  # hash in either tier -> what it continues
 
     def __repr__(self) -> str:
-        return f"PrefixIndex(blocks={len(self._block_of)})"
+        device, host = (len(side.block_of) for side in self._sides)
+        return f"PrefixIndex(device={device}, host={host})"
 
-    def __len__(self) -> int:
-        return len(self._block_of)
+    def num_blocks(self, tier: Tier) -> int:
+        """Return how many blocks of a tier can be found."""
+        return len(self._sides[tier].block_of)
 
-    def __contains__(self, block: int) -> bool:
-        return block in self._hash_of
+    def find(self, tier: Tier, block_hash: bytes) -> int | None:
+        """Return the block with these contents, if the tier has one."""
+        return self._sides[tier].block_of.get(block_hash)
 
-    def add(self, block_hash: bytes, block: int) -> None:
-        """Offer a block to later sequences.
+    def knows(self, block_hash: bytes) -> bool:
+        """Tell whether either tier has a block with these contents."""
+        return block_hash in self._parent_of
 
-        When another block has the same contents (two sequences computed the same prefix at once),
-        that one stays, and this one remains its sequence's own: block tables only ever grow at
-        their end, so it cannot be exchanged.
-        """
-        if block_hash in self._block_of:
-            return
-        assert block not in self._hash_of, f"block {block} is indexed under another hash"
-        self._block_of[block_hash] = block
-        self._hash_of[block] = block_hash
+    def blocks(self, tier: Tier) -> list[int]:
+        """Return all blocks of a tier that can be found."""
+        return list(self._sides[tier].hash_of)
 
-    def longest_prefix(self, hashes: Iterable[bytes]) -> list[int]:
-        """Return the blocks of the longest known beginning of a chain."""
-        blocks: list[int] = []
+    def hash_of(self, tier: Tier, block: int) -> bytes | None:
+        """Return under which hash a block is found; None: it is not in the index."""
+        return self._sides[tier].hash_of.get(block)
+
+    def parent_of(self, block_hash: bytes) -> bytes | None:
+        """Return what an indexed hash continues; None: it begins a sequence."""
+        return self._parent_of[block_hash]
+
+    def has_children(self, tier: Tier, block: int) -> bool:
+        """Tell whether a block of the tier continues this one."""
+        side = self._sides[tier]
+        return side.hash_of.get(block) in side.num_children
+
+    def match(self, hashes: Iterable[bytes]) -> list[tuple[int | None, int | None]]:
+        """Return (device block, host block) along the longest beginning that either tier knows."""
+        device, host = (side.block_of for side in self._sides)
+        found: list[tuple[int | None, int | None]] = []
         for block_hash in hashes:
-            block = self._block_of.get(block_hash)
-            if block is None:
+            device_block = device.get(block_hash)
+            host_block = host.get(block_hash)
+            if device_block is None and host_block is None:
                 break
-            blocks.append(block)
-        return blocks
+            found.append((device_block, host_block))
+        return found
 
-    def remove(self, blocks: Iterable[int]) -> None:
-        """Forget blocks that were evicted."""
-        for block in blocks:
-            del self._block_of[self._hash_of.pop(block)]
+    def add(self, tier: Tier, block_hash: bytes, block: int, parent: bytes | None) -> bool:
+        """Offer a block to later sequences; False when another one has these contents.
+
+        Then that one stays, and this one remains its sequence's own (two sequences computed the
+        same prefix at once): block tables only ever grow at their end, so it cannot be exchanged.
+        """
+        side = self._sides[tier]
+        if block_hash in side.block_of:
+            return False
+        assert block not in side.hash_of, f"block {block} is indexed under another hash"
+        side.block_of[block_hash] = block
+        side.hash_of[block] = block_hash
+        self._parent_of[block_hash] = parent
+        if parent is not None:
+            side.num_children[parent] = side.num_children.get(parent, 0) + 1
+        return True
+
+    def remove(self, tier: Tier, block: int) -> bytes:
+        """Forget a block; return its hash."""
+        side = self._sides[tier]
+        block_hash = side.hash_of.pop(block)
+        del side.block_of[block_hash]
+        parent = self._parent_of[block_hash]
+        if parent is not None:
+            if side.num_children[parent] == 1:
+                del side.num_children[parent]
+            else:
+                side.num_children[parent] -= 1
+        if all(block_hash not in other.block_of for other in self._sides):
+            del self._parent_of[block_hash]
+        return block_hash
 
     def check_integrity(self) -> None:
-        """Prove that the maps are each other's inverse."""
-        assert len(self._block_of) == len(self._hash_of)
-        for block_hash, block in self._block_of.items():
-            assert self._hash_of[block] == block_hash, f"block {block} has two hashes"
+        """Prove that the maps are each other's inverse, and count the children anew."""
+        for side in self._sides:
+            assert len(side.block_of) == len(side.hash_of)
+            num_children: dict[bytes, int] = {}
+            for block_hash, block in side.block_of.items():
+                assert side.hash_of[block] == block_hash, f"block {block} has two hashes"
+                parent = self._parent_of[block_hash]
+                if parent is not None:
+                    num_children[parent] = num_children.get(parent, 0) + 1
+            assert num_children == side.num_children
+        known = {block_hash for side in self._sides for block_hash in side.block_of}
+        assert known == self._parent_of.keys()

@@ -3,7 +3,7 @@
 Owns nothing but the order of choices made here; queue and batch own their state. Does not know
 requests, events or results.
 
-    a step's budget     | decode rows: 1 token each | prefill chunks, oldest first |
+    a step's budget     | decode rows: 1 token each | prefill chunks, highest rank first |
                         0                           ▲ at most max_prefill_chunk_tokens when
                                                       there are decode rows     max_step_tokens
 
@@ -15,9 +15,13 @@ from dataclasses import dataclass, field
 
 from rillgate_server.config.groups import BatcherConfig
 from rillgate_server.core.step import RowPlan, SlotStart, StepPlan
+from rillgate_server.kvcache.cost_model import StepWork
 from rillgate_server.scheduler.request_queue import RequestQueue
 from rillgate_server.scheduler.running_batch import RunningBatch
 from rillgate_server.scheduler.sequence import Sequence, SequenceState
+
+_STORE_STEPS = 2
+"""Steps that a store takes, about: growth of so many steps is kept out of its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +31,9 @@ class OpenPlan:
     plan: StepPlan
     sequences: tuple[Sequence, ...]
     """One per row, in the plan's order."""
-    admitted: tuple[tuple[Sequence, int], ...]
-    """Those that start in this step, with the tokens found in the cache."""
-    num_decode_rows: int
-    num_prefill_tokens: int
+    started: tuple[Sequence, ...]
+    """Those that begin to run with this step."""
+    work: StepWork
     began_s: float
 
 
@@ -41,13 +44,25 @@ class _Draft:
     rows: list[RowPlan] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
     starts: list[SlotStart] = field(default_factory=list)
-    admitted: list[tuple[Sequence, int]] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)
     num_decode_rows: int = 0
+    num_decode_context: int = 0
     num_prefill_tokens: int = 0
+    num_prefill_context: int = 0
+
+    @property
+    def work(self) -> StepWork:
+        """What the step computes."""
+        return StepWork(
+            self.num_prefill_tokens,
+            self.num_prefill_context,
+            self.num_decode_rows,
+            self.num_decode_context,
+        )
 
 
 class PlanFormer:
-    """Forms plans. State: the number of the latest one."""
+    """Forms plans. State: the number of the latest one, and since when an idle batch gathers."""
 
     def __init__(self, config: BatcherConfig, batch: RunningBatch, queue: RequestQueue) -> None:
         """Take the batch and the queue that plans are formed from."""
@@ -55,91 +70,131 @@ class PlanFormer:
         self._config = config
         self._batch = batch
         self._queue = queue
+        self._gathering_since_s: float | None = None
 
     def __repr__(self) -> str:
-        return f"PlanFormer(step_id={self.step_id})"
+        return f"PlanFormer(step_id={self.step_id}, gathering_since={self._gathering_since_s})"
+
+    @property
+    def store_headroom_blocks(self) -> int:
+        """Blocks that running sequences take while a store runs; on average, and one more."""
+        num_running = len(self._batch.sequences)
+        size = self._batch.cache.block_size_tokens
+        return num_running and 1 + -(-num_running * _STORE_STEPS // size)
 
     def form(self, now: float) -> OpenPlan | None:
-        """Form the next step; None when nothing can be computed."""
-        draft = _Draft()
-        self._add_decodes(draft)
+        """Form the next step; None when nothing can be computed or copied, or is to wait."""
+        batch, draft = self._batch, _Draft()
+        for broken in batch.take_broken():
+            self._queue.push(broken, now)
+        self._add_decodes(draft, now)
         budget = self._config.max_step_tokens - draft.num_decode_rows
         if draft.num_decode_rows:
             budget = min(budget, self._config.max_prefill_chunk_tokens)
+        budget = self._add_loaded(draft, budget)
         budget = self._add_prefills(draft, budget)
-        self._admit(draft, budget)
-        if not draft.rows:
+        if not self.gathering_s(now):
+            self._admit(draft, budget, now)
+        batch.cache.plan_stores(self.store_headroom_blocks)
+        copies = batch.cache.take_copies(now)
+        if not draft.rows and not batch.cache.has_copies:
             return None
         for sequence in draft.sequences:
             sequence.is_planned = True
         self.step_id += 1
-        return OpenPlan(
-            StepPlan(
-                self.step_id,
-                tuple(draft.starts),
-                tuple(draft.rows),
-                self._batch.slots.announce(),
-            ),
-            tuple(draft.sequences),
-            tuple(draft.admitted),
-            draft.num_decode_rows,
-            draft.num_prefill_tokens,
-            now,
+        plan = StepPlan(
+            self.step_id,
+            tuple(draft.starts),
+            tuple(draft.rows),
+            batch.slots.announce(),
+            copies,
         )
+        return OpenPlan(plan, tuple(draft.sequences), tuple(draft.started), draft.work, now)
 
-    def _add_decodes(self, draft: _Draft) -> None:
-        """Give each decoding sequence its next position, oldest first."""
-        try_grow = self._batch.cache.try_grow
-        for sequence in tuple(self._batch.sequences):
+    def gathering_s(self, now: float) -> float:
+        """Return how long the idle batch still waits for more requests (the micro-batch window)."""
+        config, batch = self._config, self._batch
+        is_idle = not (batch.sequences or batch.loading)
+        if not (config.max_queue_delay_ms and is_idle and self._queue):
+            self._gathering_since_s = None
+            return 0.0
+        if self._gathering_since_s is None:
+            self._gathering_since_s = now
+        if len(self._queue) >= config.preferred_batch_size:
+            return 0.0
+        return max(0.0, self._gathering_since_s + config.max_queue_delay_ms / 1e3 - now)
+
+    def _add_decodes(self, draft: _Draft, now: float) -> None:
+        """Give each decoding sequence its next position, those of the highest rank first."""
+        batch, try_grow = self._batch, self._batch.cache.try_grow
+        for sequence in tuple(batch.sequences):
             if sequence.state is not SequenceState.RUNNING or sequence.num_remaining != 1:
                 continue
             num_tokens = len(sequence.token_ids)
             while (new_blocks := try_grow(sequence.table, num_tokens)) is None:
-                # The last arrived goes: it has no row yet, for rows are made oldest first. The
-                # oldest always gets its block, so somebody always finishes.
-                victim = self._batch.preempt_last()
-                self._queue.push(victim)
+                position = batch.sequences.index(sequence)
+                if position == len(batch.sequences) - 1 and batch.cache.has_copies:
+                    break  # it waits: a copy's end frees blocks, or lets somebody run who must go
+                # Those behind it have no row yet. The first of all never goes before the others,
+                # so somebody always finishes.
+                victim = batch.preempt_behind(position)
+                self._queue.push(victim, now)
                 if victim is sequence:
                     break
             if new_blocks is not None:
                 draft.rows.append(RowPlan(sequence.slot, num_tokens - 1, 1, new_blocks))
                 draft.sequences.append(sequence)
                 draft.num_decode_rows += 1
+                draft.num_decode_context += num_tokens
+
+    def _add_loaded(self, draft: _Draft, budget: int) -> int:
+        """Start those whose blocks have arrived: little is left to compute of them, as a rule."""
+        while budget > 0 and (sequence := self._batch.run_loaded()) is not None:
+            budget -= self._start(draft, sequence, budget)
+        return budget
 
     def _add_prefills(self, draft: _Draft, budget: int) -> int:
-        """Continue the prefills that run, oldest first; return what is left of the budget."""
+        """Continue the prefills that run; return what is left of the budget."""
+        just_started = set(map(id, draft.started))
         for sequence in self._batch.sequences:
             if budget == 0:
                 break
-            if sequence.num_remaining > 1:
+            if sequence.num_remaining > 1 and id(sequence) not in just_started:
                 budget -= self._add_chunk(draft, sequence, budget)
         return budget
 
-    def _admit(self, draft: _Draft, budget: int) -> None:
-        """Start those who wait, strictly in their order, while slots, blocks and budget last.
+    def _admit(self, draft: _Draft, budget: int, now: float) -> None:
+        """Start those who wait, strictly in the queue's order, while slots, blocks, budget last.
 
-        A victim of this step stands at the head. It needs all of its blocks again and the headroom,
-        so as a rule it waits until somebody has ended.
+        A victim of this step stands at the head of its class. It needs all of its blocks again and
+        the headroom, so as a rule it waits until somebody has ended. Who has to load takes a slot
+        and blocks now, and of a budget later.
         """
         batch, queue = self._batch, self._queue
         while budget > 0 and queue and batch.has_free_slot:
-            sequence = queue.head
-            num_hit_tokens = batch.try_start(sequence)
-            if num_hit_tokens is None:
+            sequence = queue.head(now)
+            if not batch.try_start(sequence):
                 return
-            queue.pop()
-            draft.admitted.append((sequence, num_hit_tokens))
-            draft.starts.append(
-                SlotStart(
-                    sequence.slot,
-                    tuple(sequence.token_ids),
-                    sequence.num_prompt_tokens,
-                    tuple(sequence.table.blocks),
-                    sequence.group.request.sampling,
-                    sequence.choice_index,
-                )
+            taken = queue.pop(now)
+            assert taken is sequence, (taken, sequence)
+            if sequence.state is SequenceState.RUNNING:
+                budget -= self._start(draft, sequence, budget)
+
+    def _start(self, draft: _Draft, sequence: Sequence, budget: int) -> int:
+        """Set up a slot, and add the first chunk; return its tokens."""
+        self._queue.started(sequence, sequence.num_remaining)
+        draft.started.append(sequence)
+        draft.starts.append(
+            SlotStart(
+                sequence.slot,
+                tuple(sequence.token_ids),
+                sequence.num_prompt_tokens,
+                tuple(sequence.table.blocks),
+                sequence.group.request.sampling,
+                sequence.choice_index,
             )
-            budget -= self._add_chunk(draft, sequence, budget)
+        )
+        return self._add_chunk(draft, sequence, budget)
 
     def _add_chunk(self, draft: _Draft, sequence: Sequence, budget: int) -> int:
         """Add as much of a prefill as the budget allows; return its tokens."""
@@ -156,4 +211,5 @@ class PlanFormer:
         )
         draft.sequences.append(sequence)
         draft.num_prefill_tokens += num_tokens
+        draft.num_prefill_context += num_tokens * start + num_tokens * (num_tokens + 1) // 2
         return num_tokens

@@ -70,38 +70,50 @@ class RequestTable:
         group.held = list(group.sequences)
         self.num_choices += len(group.sequences)
         if group.sequences:
-            self._lead(group)
+            self._lead(group, now)
         else:
-            self._tell_started(group, 0, now)
+            self._tell_started(group, now)
             self._close(group)
 
-    def note_admitted(self, sequence: Sequence, num_hit_tokens: int, now: float) -> None:
-        """Take note that a choice has left the queue."""
+    def note_started(self, sequence: Sequence, now: float) -> None:
+        """Take note that a choice begins to run: its tokens up to num_computed were found."""
         group = sequence.group
         if not group.is_started:
-            self._tell_started(group, num_hit_tokens, now)
+            self._tell_started(group, now, sequence.num_computed, sequence.num_host_tokens)
         if sequence.gathers_prompt_logprobs:
             group.prompt_logprobs = []  # a preemption may have lost the first part
 
-    def _lead(self, group: RequestGroup) -> None:
+    def _lead(self, group: RequestGroup, now: float) -> None:
         """Let the first choice that is held compute the prompt for the others."""
         group.leader = group.held.pop(0)
-        self._queue.push(group.leader)
+        self._queue.push(group.leader, now)
 
-    def _tell_started(self, group: RequestGroup, num_hit_tokens: int, now: float) -> None:
+    def _tell_started(
+        self, group: RequestGroup, now: float, num_hit_tokens: int = 0, num_host_tokens: int = 0
+    ) -> None:
         request = group.request
-        num_cached_tokens = min(num_hit_tokens, len(request.prompt_token_ids))
+        num_prompt_tokens = len(request.prompt_token_ids)
+        num_cached_tokens = min(num_hit_tokens, num_prompt_tokens)
         group.is_started = True
         self._admission.left(group)
-        self.num_prompt_tokens += len(request.prompt_token_ids)
+        self.num_prompt_tokens += num_prompt_tokens
         self.num_cached_tokens += num_cached_tokens
         queue_s = max(0.0, now - request.arrival_s)
-        self.events.started.append(RequestStarted(request.request_id, queue_s, num_cached_tokens))
+        self.events.started.append(
+            RequestStarted(
+                request.request_id,
+                queue_s,
+                num_cached_tokens,
+                min(num_host_tokens, num_cached_tokens),
+            )
+        )
         self.events.finished += group.early_finished
 
     # -- on the way -------------------------------------------------------------------------------
 
-    def note_prefill(self, sequence: Sequence, entries: tuple[TokenLogprobs, ...]) -> None:
+    def note_prefill(
+        self, sequence: Sequence, entries: tuple[TokenLogprobs, ...], now: float
+    ) -> None:
         """Gather the prompt's log-probabilities; let the other choices go once it is computed."""
         group = sequence.group
         if group.leader is not sequence:
@@ -116,7 +128,7 @@ class RequestTable:
                 group.prompt_logprobs = None
         if sequence.is_prompt_computed:
             for follower in group.held:
-                self._queue.push(follower)
+                self._queue.push(follower, now)
             group.held.clear()
 
     def append(
@@ -172,7 +184,7 @@ class RequestTable:
         group = sequence.group
         group.sequences.remove(sequence)
         self.num_choices -= 1
-        if sequence.state is SequenceState.RUNNING:
+        if sequence.state in (SequenceState.RUNNING, SequenceState.LOADING):
             self._batch.end(sequence)
         elif sequence.state is SequenceState.WAITING:
             self._queue.remove(sequence)
@@ -182,19 +194,20 @@ class RequestTable:
         if not group.sequences:
             self._close(group)
         elif group.held and group.leader is sequence:
-            self._lead(group)  # it ended before the prompt was computed
+            # It ended before the prompt was computed. Its order is its request's, whenever it is.
+            self._lead(group, group.request.arrival_s)
 
     def _close(self, group: RequestGroup) -> None:
         if not group.is_started:
             if group.early_finished:  # the others were aborted; these are still to be told
-                self._tell_started(group, 0, group.request.arrival_s)
+                self._tell_started(group, group.request.arrival_s)
             else:
                 self._admission.left(group)
         del self._groups[group.request.request_id]
 
     def check_integrity(self) -> None:
         """Prove that every choice is in exactly one place, and that the sums are right."""
-        num_queued = num_running = num_unstarted = num_choices = 0
+        num_queued = num_running = num_loading = num_unstarted = num_choices = 0
         for request_id, group in self._groups.items():
             assert group.request.request_id == request_id
             assert group.sequences, "a request without choices is kept"
@@ -202,12 +215,14 @@ class RequestTable:
             num_choices += len(states)
             num_queued += states.count(SequenceState.WAITING)
             num_running += states.count(SequenceState.RUNNING)
+            num_loading += states.count(SequenceState.LOADING)
             num_unstarted += not group.is_started
             assert states.count(SequenceState.HELD) == len(group.held)
             assert not group.held or group.leader in group.sequences
         assert num_choices == self.num_choices
         assert num_queued == len(self._queue)
         assert num_running == len(self._batch.sequences)
+        assert num_loading == len(self._batch.loading)
         assert num_unstarted == self._admission.num_requests
 
 

@@ -1,7 +1,7 @@
 """The choices that have a slot and blocks, and how they get and lose them.
 
-Owns slots and block tables of what runs. Does not know the queue, budgets, or what is told to
-callers.
+Owns slots and block tables of what runs or loads. Does not know the queue, budgets, or what is
+told to callers.
 
 A running sequence holds the blocks of all its known tokens from its start on, so a prefill never
 runs out of blocks half-way; only the next token of a decode needs more. The rejected alternative,
@@ -10,22 +10,21 @@ blocks chunk by chunk, lets two long prompts block each other half-way.
 
 from bisect import insort
 from collections.abc import Iterable
-from operator import attrgetter
 
 from rillgate_server.kvcache.manager import KVCacheManager
 from rillgate_server.scheduler.sequence import Sequence, SequenceState
 from rillgate_server.scheduler.slots import Slots
 
-_order = attrgetter("order")
-
 
 class RunningBatch:
-    """Sequences in state RUNNING, by order of arrival.
+    """Sequences in state RUNNING or LOADING, those of higher classes and of earlier arrival first.
 
-    State: the list, the slots, the cache, and ended sequences whose blocks an open plan names:
+    State: the two lists, the slots, the cache, and ended sequences whose blocks an open plan names:
 
-        RUNNING ──end──▶ not in the open plan: blocks and slot are free at once
-                └──────▶ in the open plan: `closing`, free when its result is there
+        LOADING ──its copies ended──▶ RUNNING ──end──▶ not in the open plan: blocks and slot are
+                                                       free at once
+                                              └──────▶ in the open plan: `closing`, free when its
+                                                       result is there
     """
 
     def __init__(self, cache: KVCacheManager, max_running: int) -> None:
@@ -33,52 +32,98 @@ class RunningBatch:
         self.cache = cache
         self.slots = Slots(max_running)
         self.sequences: list[Sequence] = []
+        self.loading: list[Sequence] = []
         self.closing: list[Sequence] = []
         self.num_preemptions = 0
 
     def __repr__(self) -> str:
-        return f"RunningBatch(running={len(self.sequences)}, {self.slots}, {self.cache})"
+        return (
+            f"RunningBatch(running={len(self.sequences)}, loading={len(self.loading)}, "
+            f"{self.slots}, {self.cache})"
+        )
 
     @property
     def has_free_slot(self) -> bool:
         """Whether one more may start."""
         return self.slots.num_taken < self.slots.max_running
 
-    def try_start(self, sequence: Sequence) -> int | None:
-        """Give a sequence its slot and all its blocks; return the tokens found in the cache.
+    # -- starting ---------------------------------------------------------------------------------
 
-        Returns None when there are too few blocks. One block stays available for each running
-        sequence: they are about to grow, and would take the newcomer's blocks away again.
+    def try_start(self, sequence: Sequence) -> bool:
+        """Give a sequence its slot and all its blocks.
+
+        It is RUNNING, or LOADING until all its blocks are there. Returns False when there are too
+        few blocks. One block stays available for each sequence that is here: they are about to
+        grow, and would take the newcomer's blocks away again.
         """
-        num_hit_tokens = self.cache.try_start(
+        started = self.cache.try_start(
             sequence.table,
             sequence.token_ids,
             takes_hits=not sequence.gathers_prompt_logprobs,
-            headroom_blocks=len(self.sequences),
+            headroom_blocks=len(self.sequences) + len(self.loading),
         )
-        if num_hit_tokens is None:
-            return None
-        sequence.num_computed = num_hit_tokens
+        if started is None:
+            return False
+        sequence.num_computed = started.num_hit_tokens
+        sequence.num_host_tokens = started.num_host_tokens
         sequence.slot = self.slots.take()
+        if sequence.table.pending_copies:
+            sequence.state = SequenceState.LOADING
+            self.loading.append(sequence)
+        else:
+            self._run(sequence)
+        return True
+
+    def take_broken(self) -> list[Sequence]:
+        """Take those whose load failed; they hold nothing any more, and must start anew."""
+        broken = [sequence for sequence in self.loading if sequence.table.is_broken]
+        for sequence in broken:
+            self.loading.remove(sequence)
+            self._release(sequence)
+        return broken
+
+    def run_loaded(self) -> Sequence | None:
+        """Let one run whose blocks are there, the first that began to load; None: there is none."""
+        for sequence in self.loading:
+            if not sequence.table.pending_copies:
+                self.loading.remove(sequence)
+                self._run(sequence)
+                return sequence
+        return None
+
+    def _run(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.RUNNING
-        insort(self.sequences, sequence, key=_order)
-        return num_hit_tokens
+        insort(self.sequences, sequence, key=_rank)
 
-    def preempt_last(self) -> Sequence:
-        """Take slot and blocks from the one that arrived last, and return it.
+    # -- ending -----------------------------------------------------------------------------------
 
-        Its committed blocks stay in the cache while there is room, so it resumes as a prefix hit.
+    def preempt_behind(self, position: int) -> Sequence:
+        """Take slot and blocks from a running sequence at `position` or later; return it.
+
+        Of the lowest class there it is the one that costs least to bring back; of equals the last.
+        Its full blocks stay in the cache while there is room, or go to the host tier, so it
+        resumes as a prefix hit. The one at `position` itself goes only when it is the last.
         """
-        victim = self.sequences.pop()
+        candidates = self.sequences[position + 1 :] or self.sequences[position:]
+        lowest = candidates[-1].group.request.priority
+        restart_s = self.cache.restart_s
+        victim = min(
+            (s for s in reversed(candidates) if s.group.request.priority == lowest),
+            key=lambda s: restart_s(s.table, s.num_computed),
+        )
         assert not victim.is_planned, victim
-        self._release(victim)
+        self.sequences.remove(victim)
+        is_swap = self.cache.choose_swap(victim.table, victim.num_computed)
+        self._release(victim, is_saved_later=is_swap)
         victim.num_preemptions += 1
         self.num_preemptions += 1
         return victim
 
     def end(self, sequence: Sequence) -> None:
-        """Let a running sequence go; its blocks follow as soon as no plan names them."""
-        self.sequences.remove(sequence)
+        """Let a running or loading sequence go; its blocks follow when no plan names them."""
+        (self.loading if sequence.state is SequenceState.LOADING else self.sequences).remove(
+            sequence
+        )
         sequence.state = SequenceState.ENDED
         if sequence.is_planned:
             self.closing.append(sequence)
@@ -93,25 +138,35 @@ class RunningBatch:
             self._release(sequence)
         self.closing.clear()
 
-    def _release(self, sequence: Sequence) -> None:
-        self.cache.free(sequence.table)
+    def _release(self, sequence: Sequence, *, is_saved_later: bool = True) -> None:
+        self.cache.free(sequence.table, is_saved_later=is_saved_later)
         self.slots.give_back(sequence.slot)
         sequence.slot = -1
         sequence.num_computed = 0
 
     def check_integrity(self) -> None:
         """Prove order, states, positions and blocks."""
-        assert self.sequences == sorted(self.sequences, key=_order)
-        for sequence in self.sequences:
-            assert sequence.state is SequenceState.RUNNING, sequence
+        assert self.sequences == sorted(self.sequences, key=_rank)
+        for sequence in self.sequences + self.loading:
             assert 0 <= sequence.num_computed < len(sequence.token_ids), sequence
             covered = len(sequence.table.blocks) * self.cache.block_size_tokens
             assert covered >= len(sequence.token_ids) - 1, sequence
             committed = sequence.table.num_committed * self.cache.block_size_tokens
             assert committed <= sequence.num_computed, sequence
+        for sequence in self.sequences:
+            assert sequence.state is SequenceState.RUNNING, sequence
+            assert not sequence.table.pending_copies, sequence
+        for sequence in self.loading:
+            assert sequence.state is SequenceState.LOADING, sequence
+            assert not sequence.is_planned, sequence
         for sequence in self.closing:
             assert sequence.state is SequenceState.ENDED, sequence
             assert sequence.is_planned, sequence
-        holders = self.sequences + self.closing
+        holders = self.sequences + self.loading + self.closing
         self.slots.check_integrity([sequence.slot for sequence in holders])
         self.cache.check_integrity(sequence.table for sequence in holders)
+
+
+def _rank(sequence: Sequence) -> tuple[int, tuple[int, int]]:
+    """Order of the batch: priority class, then arrival."""
+    return sequence.group.request.priority, sequence.order

@@ -5,8 +5,8 @@ comes in as `now`, and effects are the engine's. Called from one thread. Does no
 text, sockets or threads.
 
     add ──▶ Admission ──▶ RequestQueue ──▶ RunningBatch ──▶ ended         RequestTable: who it is,
-            (refuses)        ▲                 │                          and what is told of it
-                             └── preempted ────┘
+            (refuses)        ▲             (loads, runs)                  and what is told of it
+                             └── preempted, load failed
     schedule: PlanFormer chooses      update: results become tokens and events
 
 At most one plan is open. While it is, the blocks that it names are owned, whatever happens to
@@ -15,15 +15,16 @@ their request; a result for a request that ended meanwhile is dropped.
 
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
 from rillgate_server.core.block_hash import root_hash
-from rillgate_server.core.load import EngineLoad, TierLoad
-from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.load import EngineLoad, FlushedBlocks
+from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.request import Rejection, Request
 from rillgate_server.core.step import StepOutput, StepPlan, StepResult
 from rillgate_server.errors import EngineFailure
+from rillgate_server.kvcache.cost_model import CostModel
 from rillgate_server.kvcache.manager import KVCacheManager
+from rillgate_server.kvcache.tier_plan import CachePolicy
 from rillgate_server.scheduler.admission import Admission
 from rillgate_server.scheduler.plan_former import OpenPlan, PlanFormer
-from rillgate_server.scheduler.rates import MeasuredRates
 from rillgate_server.scheduler.request_queue import RequestQueue
 from rillgate_server.scheduler.request_table import RequestTable
 from rillgate_server.scheduler.running_batch import RunningBatch
@@ -37,21 +38,27 @@ class Scheduler:
     """
 
     def __init__(
-        self, batcher: BatcherConfig, cache: CacheConfig, spec: ModelSpec, num_blocks: int
+        self, batcher: BatcherConfig, cache: CacheConfig, spec: ModelSpec, sizes: CacheSizes
     ) -> None:
-        """Start idle over a cache of `num_blocks` empty blocks."""
-        manager = KVCacheManager(
-            num_blocks,
+        """Start idle over an empty cache of these sizes."""
+        self._costs = CostModel()
+        policy = CachePolicy(
             cache.block_size_tokens,
-            root_hash(spec.version_digest, spec.dtype, cache.block_size_tokens),
-            prefix_caching=cache.prefix_caching,
+            sizes.block_bytes,
+            root_hash(spec.version_digest, sizes.kv_dtype, cache.block_size_tokens),
+            cache.prefix_caching,
+            cache.load_policy,
         )
-        self._queue = RequestQueue()
-        self._batch = RunningBatch(manager, batcher.max_running)
-        self._admission = Admission(batcher, spec, num_blocks, cache.block_size_tokens)
+        self._cache = KVCacheManager(
+            sizes.num_device_blocks, sizes.num_host_blocks, policy, self._costs
+        )
+        self._queue = RequestQueue(batcher.aging_s)
+        self._batch = RunningBatch(self._cache, batcher.max_running)
+        self._admission = Admission(
+            batcher, spec, sizes, cache.block_size_tokens, self._queue, self._costs
+        )
         self._requests = RequestTable(self._queue, self._batch, self._admission)
         self._former = PlanFormer(batcher, self._batch, self._queue)
-        self._rates = MeasuredRates()
         self._open: OpenPlan | None = None
         self._progress_s = 0.0
 
@@ -63,18 +70,22 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether `schedule` or `take_events` has something to give."""
-        return bool(self._requests or self._requests.events or self._open)
+        """Whether `schedule` or `take_events` has something to give, now or soon."""
+        return bool(self._requests or self._requests.events or self._open) or (
+            self._cache.has_copies_to_make(self._former.store_headroom_blocks)
+        )
+
+    def seconds_to_wait(self, now: float) -> float:
+        """Return for how long nothing is to be done but to gather requests (micro-batch window)."""
+        return self._former.gathering_s(now)
 
     # -- commands ---------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float) -> Rejection | None:
         """Queue a request, or return why not: then nothing of it is kept."""
         group = RequestGroup(request)
-        rejection = (
-            self._admission.refuse_invalid(request)
-            or self._admission.refuse_too_many_blocks(request, self._batch.cache.pool.num_available)
-            or self._admission.refuse_now(group, self._rates, self._slot_wait_s())
+        rejection = self._admission.refuse(
+            group, now, self._cache.pool.num_available, self._slot_wait_s()
         )
         if rejection is not None:
             return rejection
@@ -91,6 +102,10 @@ class Scheduler:
         """
         self._requests.abort(request_id, choice_indices)
 
+    def flush_cache(self) -> FlushedBlocks:
+        """Forget every cached block that no request uses."""
+        return FlushedBlocks(*self._cache.flush())
+
     def drain(self) -> None:
         """Refuse new requests; those that were accepted run to their end."""
         self._admission.is_draining = True
@@ -98,14 +113,17 @@ class Scheduler:
     # -- the step ---------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan | None:
-        """Form the next step; None while a plan is open or when nothing is to be computed."""
+        """Form the next step; None while a plan is open or when there is nothing to do now.
+
+        A plan without rows begins copies, or waits for some to end.
+        """
         if self._open is not None:
             return None
         self._open = self._former.form(now)
         if self._open is None:
             return None
-        for sequence, num_hit_tokens in self._open.admitted:
-            self._requests.note_admitted(sequence, num_hit_tokens, now)
+        for sequence in self._open.started:
+            self._requests.note_started(sequence, now)
         return self._open.plan
 
     def update(self, result: StepResult, now: float) -> StepOutput:
@@ -121,17 +139,26 @@ class Scheduler:
         for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True):
             if row.slot in failed and sequence.state is SequenceState.RUNNING:
                 # A NaN may come from its blocks: as hits they would fail whoever comes later.
-                self._batch.cache.forget(sequence.table)
+                self._cache.forget(sequence.table)
                 self._requests.fail(sequence.group, failed[row.slot])
-        self._apply_rows(opened, result)
+        self._apply_rows(opened, result, now)
         self._open = None  # last: whatever raises above, `fail_plan` still knows whom it concerns
         self._progress_s = now
-        self._rates.step_done(
-            opened.num_prefill_tokens, opened.num_decode_rows, now - opened.began_s
-        )
+        self._account(opened, now - opened.began_s)
+        self._cache.copies_done(result.finished_copies, now)
         return self._requests.events.take(self._former.step_id)
 
-    def _apply_rows(self, opened: OpenPlan, result: StepResult) -> None:
+    def _account(self, opened: OpenPlan, seconds: float) -> None:
+        """Learn from the step what steps cost, and charge the tenants for it."""
+        self._costs.step_done(opened.work, seconds)
+        sampled = [
+            sequence
+            for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True)
+            if row.samples
+        ]
+        self._queue.charge_step(sampled, self._batch.sequences, seconds)
+
+    def _apply_rows(self, opened: OpenPlan, result: StepResult, now: float) -> None:
         """Walk over the rows; sampling rows take the result's entries in order."""
         prompt_logprobs = dict(result.prompt_logprobs)  # slot -> entries
         num_sampled = 0
@@ -141,9 +168,9 @@ class Scheduler:
             if sequence.state is not SequenceState.RUNNING:
                 continue  # ended meanwhile
             sequence.num_computed += row.num_tokens
-            self._batch.cache.commit(sequence.table, sequence.token_ids, sequence.num_computed)
+            self._cache.commit(sequence.table, sequence.token_ids, sequence.num_computed)
             if sequence.group.held or sequence.group.prompt_logprobs is not None:
-                self._requests.note_prefill(sequence, prompt_logprobs.get(row.slot, ()))
+                self._requests.note_prefill(sequence, prompt_logprobs.get(row.slot, ()), now)
             if row.samples:
                 logprobs = result.logprobs[position] if result.logprobs else None
                 self._requests.append(sequence, result.token_ids[position], logprobs)
@@ -174,20 +201,27 @@ class Scheduler:
 
     def load(self, now: float) -> EngineLoad:
         """Report the load. Costs O(running)."""
-        pool = self._batch.cache.pool
         running = self._batch.sequences
         num_prefilling_tokens = sum(s.num_remaining for s in running if s.num_remaining > 1)
+        device, host = self._cache.tier_loads()
+        num_here = len(running) + len(self._batch.loading)
         return EngineLoad(
             step_id=self._former.step_id,
             step_age_s=max(0.0, now - self._progress_s) if self._requests else 0.0,
             is_draining=self._admission.is_draining,
             num_running=len(running),
-            num_waiting=self._requests.num_choices - len(running),
+            num_loading=len(self._batch.loading),
+            num_waiting=self._requests.num_choices - num_here,
             num_running_tokens=sum(sequence.num_computed for sequence in running),
             num_waiting_tokens=self._queue.num_tokens + num_prefilling_tokens,
-            device=TierLoad(pool.num_blocks, pool.num_free, pool.num_used, pool.num_cached),
-            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
-            decode_step_s=self._rates.decode_step_s,
+            device=device,
+            host=host,
+            copies=self._cache.copy_counts(),
+            decisions=self._cache.decisions(),
+            costs=self._costs.fitted(),
+            queues=self._queue.loads(),
+            prefill_tokens_per_s=self._costs.prefill_tokens_per_s,
+            decode_step_s=self._costs.recent_decode_step_s,
             num_preemptions=self._batch.num_preemptions,
             num_cached_tokens=self._requests.num_cached_tokens,
             num_prompt_tokens=self._requests.num_prompt_tokens,
@@ -201,7 +235,7 @@ class Scheduler:
             sequence.group.request.max_tokens - sequence.num_generated
             for sequence in self._batch.sequences
         )
-        return num_steps * self._rates.decode_step_s
+        return num_steps * self._costs.recent_decode_step_s
 
     def check_integrity(self) -> None:
         """Prove every part's invariants and those between them. Costs O(everything)."""

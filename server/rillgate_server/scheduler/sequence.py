@@ -2,9 +2,11 @@
 
 Owns the states and the arithmetic of positions. Does not decide anything: the scheduler does.
 
-    WAITING ──▶ RUNNING ──▶ ENDED        HELD: waits until the first choice has computed the
-      ▲  ▲         │                     prompt, to start as a prefix hit
-      │  └─────────┘ preempted
+    WAITING ─────────────▶ RUNNING ──▶ ENDED     HELD: waits until the first choice has computed
+      ▲  ▲ │                ▲ │                  the prompt, to start as a prefix hit
+      │  │ └──▶ LOADING ────┘ │                  LOADING: has a slot and blocks, some of which are
+      │  │         │ failed   │ preempted        on the way from the host tier; is in no plan
+      │  └─────────┴──────────┘
     HELD
 
     token_ids    prompt ........ | given ........ | sampled here ......
@@ -16,7 +18,7 @@ from enum import Enum, auto
 
 from rillgate_server.core.request import ChoiceStart, Request
 from rillgate_server.core.step import ChoiceFinished, TokenLogprobs
-from rillgate_server.kvcache.manager import BlockTable
+from rillgate_server.kvcache.block_table import BlockTable
 
 
 class SequenceState(Enum):
@@ -24,6 +26,7 @@ class SequenceState(Enum):
 
     HELD = auto()
     WAITING = auto()
+    LOADING = auto()
     RUNNING = auto()
     ENDED = auto()
 
@@ -37,8 +40,10 @@ class Sequence:
     __slots__ = (
         "choice_index",
         "group",
+        "is_charged",
         "is_planned",
         "num_computed",
+        "num_host_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "order",
@@ -57,12 +62,16 @@ class Sequence:
         self.token_ids = [*request.prompt_token_ids, *choice.generated_token_ids]
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed = 0
-        self.table = BlockTable(request.cache_salt)
+        self.num_host_tokens = 0
+        """Found in the host tier when it started the last time."""
+        self.table = BlockTable(request.cache_salt, request.num_shared_prefix_tokens)
         self.slot = -1
         """The worker's seat; -1 without one."""
         self.state = SequenceState.HELD
         self.is_planned = False
         """Whether the open plan names its blocks."""
+        self.is_charged = False
+        """Whether its tenant has paid for its input."""
         self.num_preemptions = 0
 
     def __repr__(self) -> str:
