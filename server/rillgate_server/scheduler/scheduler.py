@@ -129,10 +129,12 @@ class Scheduler:
     def update(self, result: StepResult, now: float) -> StepOutput:
         """Apply the result of the open plan; return everything that happened since the last output.
 
-        Raises EngineFailure, and changes nothing, when the result does not fit the plan.
+        Raises EngineFailure, and applies no more than the ends of copies, when the result does not
+        fit the plan.
         """
         opened = self._open
         assert opened is not None, "no plan is open"
+        self._cache.copies_done(result.finished_copies, now)  # first: they happened in any case
         _check_result(opened, result)
         self._batch.plan_done(opened.sequences)
         failed = {row.slot: row.message for row in result.failed_rows}
@@ -145,7 +147,6 @@ class Scheduler:
         self._open = None  # last: whatever raises above, `fail_plan` still knows whom it concerns
         self._progress_s = now
         self._account(opened, now - opened.began_s)
-        self._cache.copies_done(result.finished_copies, now)
         return self._requests.events.take(self._former.step_id)
 
     def _account(self, opened: OpenPlan, seconds: float) -> None:
