@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from rillgate_server.core.request import ChoiceStart, Rejection, RejectReason, Request
+from rillgate_server.core.request import (
+    ChoiceStart,
+    PriorityClass,
+    Rejection,
+    RejectReason,
+    Request,
+    Tenant,
+)
 from rillgate_server.core.sampling_params import SamplingParams
 from tests.support.engine import SPEC, Driver, Limits, make_request
 
@@ -37,6 +44,17 @@ INVALID = [
     (make_request(1, max_tokens=0), "max_tokens is 0; allowed: at least 1"),
     (replace(make_request(1), stop_token_ids=frozenset({100})), "stop_token_ids[0] is 100"),
     (replace(make_request(1), cache_salt=b"x"), "cache_salt is 1 bytes; allowed: 16 bytes"),
+    (
+        replace(make_request(1), num_shared_prefix_tokens=11),
+        "shared_prefix_tokens is 11; allowed: 0",
+    ),
+    (replace(make_request(1), num_shared_prefix_tokens=-1), "is -1; allowed: 0 to 10"),
+    (replace(make_request(1), tenant=Tenant("é" * 129)), "tenant is 258 bytes; allowed: 256 bytes"),
+    (replace(make_request(1), tenant=Tenant(weight=0.0)), "tenant_weight is 0.0; allowed: above 0"),
+    (replace(make_request(1), tenant=Tenant(weight=float("nan"))), "tenant_weight is nan"),
+    (replace(make_request(1), tenant=Tenant(weight=2e6)), "tenant_weight is 2000000.0; allowed"),
+    (replace(make_request(1), deadline_s=float("inf")), "deadline is inf; allowed: a finite time"),
+    (replace(make_request(1), arrival_s=float("-inf")), "arrival is -inf; allowed: a finite time"),
     (with_sampling(min_tokens=9), "min_tokens is 9; allowed: 0 to 8"),
     (with_sampling(temperature=float("nan")), "sampling.temperature is nan"),
     (with_sampling(top_p=0.0), "sampling.top_p is 0.0"),
@@ -140,3 +158,101 @@ def test_a_draining_scheduler_refuses_and_finishes_what_it_has() -> None:
     assert driver.scheduler.load(0.0).is_draining
     driver.run()
     driver.check_answers()
+
+
+# -- deadlines ----------------------------------------------------------------------------------
+
+
+def measured_driver(max_waiting_requests: int = 100) -> Driver:
+    """Build a driver that has computed enough for prefill to cost 800 tokens a second."""
+    limits = Limits(
+        max_step_tokens=8,
+        max_running=1,
+        prefix_caching=False,
+        max_waiting_requests=max_waiting_requests,
+    )
+    driver = Driver(limits)
+    for request_id in range(1000, 1010):
+        driver.submit(make_request(request_id, prompt=range(10, 26), max_tokens=1))
+    driver.run()
+    assert driver.scheduler.load(0.0).prefill_tokens_per_s == pytest.approx(800, rel=0.01)
+    return driver
+
+
+def due(request: Request, driver: Driver, seconds: float) -> Request:
+    """Give a request a deadline so many seconds from now."""
+    now = driver.clock.now()
+    return replace(request, arrival_s=now, deadline_s=now + seconds)
+
+
+def test_a_deadline_that_is_too_soon_even_alone_is_refused_for_good() -> None:
+    """It says the prefill's predicted time and the time left, in milliseconds."""
+    driver = measured_driver()
+    request = make_request(1, prompt=[5] * 160)  # 20 steps of 10 ms
+    rejection = refused(driver, due(request, driver, 0.15))
+    assert rejection.reason is RejectReason.DEADLINE_NEVER
+    assert rejection.predicted_ttft_s == pytest.approx(0.2, rel=0.05)
+    assert rejection.asked == pytest.approx(200, rel=0.05)
+    assert rejection.free == 150
+    assert rejection.retry_after_s == 0.0, "no retry can help"
+    assert str(rejection.asked) in rejection.message
+    assert "150 ms" in rejection.message
+    assert not driver.scheduler.has_work, "it was never queued"
+    assert driver.submit(due(request, driver, 0.25)) is None
+
+
+def test_a_deadline_that_is_too_soon_behind_what_waits_is_refused_now() -> None:
+    """It was never queued, and may be tried again when so much less is ahead."""
+    driver = measured_driver()
+    for request_id in range(1, 11):
+        # one second in all; of its own class it would go before them
+        ahead = make_request(request_id, prompt=[5] * 80)
+        driver.submit(replace(ahead, priority=PriorityClass.HIGH))
+    before = driver.scheduler.load(driver.clock.now())
+    request = make_request(50, prompt=[5] * 80)
+    rejection = refused(driver, due(request, driver, 0.6))
+    assert rejection.reason is RejectReason.DEADLINE_NOW
+    assert rejection.predicted_ttft_s == pytest.approx(1.1, rel=0.05)
+    assert rejection.asked == pytest.approx(1100, rel=0.05)
+    assert rejection.free == 600
+    assert rejection.retry_after_s == pytest.approx(0.5, rel=0.1)
+    after = driver.scheduler.load(driver.clock.now())
+    assert after == before, "it was never queued"
+    assert driver.submit(due(request, driver, 1.2)) is None
+
+
+def test_a_deadline_counts_only_what_goes_before_it() -> None:
+    """Another tenant's flood only up to its share, and its own requests that are due later not."""
+    driver = measured_driver()
+    flood = Tenant("flood")
+    for request_id in range(1, 21):
+        driver.submit(replace(make_request(request_id, prompt=[5] * 80), tenant=flood))
+    own = Tenant("own")
+    driver.submit(replace(due(make_request(50, prompt=[5] * 80), driver, 9.0), tenant=own))
+    request = replace(due(make_request(51, prompt=[5] * 80), driver, 0.25), tenant=own)
+    assert driver.submit(request) is None, "0.1 s of the flood, and its own"
+    request = replace(due(make_request(52, prompt=[5] * 80), driver, 0.35), tenant=own)
+    assert refused(driver, request).predicted_ttft_s == pytest.approx(0.4, rel=0.05)
+    driver = measured_driver()
+    driver.submit(replace(make_request(1, prompt=[5] * 160), priority=PriorityClass.LOW))
+    assert driver.submit(due(make_request(2, prompt=[5] * 80), driver, 0.15)) is None
+
+
+def test_while_nothing_is_measured_only_a_deadline_that_is_over_is_refused() -> None:
+    """A guess must not cost anybody an answer."""
+    driver = Driver()
+    rejection = refused(driver, due(make_request(1), driver, 0.0))
+    assert rejection.reason is RejectReason.DEADLINE_NEVER
+    assert not driver.scheduler.has_work
+    assert driver.submit(due(make_request(1), driver, 1e-6)) is None
+
+
+def test_a_full_queue_answers_with_the_predicted_wait() -> None:
+    """When one must have left it, and what the time to the first token would have been."""
+    driver = measured_driver(max_waiting_requests=4)
+    for request_id in range(1, 5):
+        driver.submit(make_request(request_id, prompt=[5] * 80))
+    rejection = refused(driver, make_request(5, prompt=[5] * 80))
+    assert rejection.reason is RejectReason.OVERLOADED
+    assert rejection.retry_after_s == pytest.approx(0.1, rel=0.05)
+    assert rejection.predicted_ttft_s == pytest.approx(0.5, rel=0.05)

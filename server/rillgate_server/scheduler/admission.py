@@ -3,19 +3,32 @@
 Owns the limits of the queue and the count of requests that have not started. Refuses at once and
 for good: a refused request was never queued. Does not know the running batch, but for what a
 prediction needs.
+
+The time to the first token is predicted as
+
+    slot_wait_s + tokens ahead / prefill_tokens_per_s + prefill_s(0, own tokens)
+
+from the fitted costs and what the queue says goes before the request. Hits in the prefix cache are
+not foreseen, so it is an upper estimate of the computation; what arrives later, and that each one
+ahead needs a slot too, are not foreseen either. Nothing is predicted until a prefill was measured.
 """
 
+import math
+
 from rillgate_server.config.groups import BatcherConfig
-from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.request import Rejection, RejectReason, Request
 from rillgate_server.errors import InvalidRequest
-from rillgate_server.scheduler.rates import MeasuredRates
+from rillgate_server.kvcache.cost_model import CostModel
+from rillgate_server.scheduler.request_queue import RequestQueue
 from rillgate_server.scheduler.sequence import RequestGroup
 
 UNMEASURED_RETRY_S = 1.0
 """Where nothing is measured yet."""
 MIN_RETRY_S, MAX_RETRY_S = 0.05, 60.0
 """A shorter wait only adds load, and a longer prediction is worth nothing."""
+MAX_TENANT_NAME_BYTES = 256
+MAX_TENANT_WEIGHT = 1e6
 _SALT_BYTES = 16
 
 
@@ -26,16 +39,24 @@ class Admission:
     """
 
     def __init__(
-        self, config: BatcherConfig, spec: ModelSpec, num_blocks: int, block_size_tokens: int
+        self,
+        config: BatcherConfig,
+        spec: ModelSpec,
+        sizes: CacheSizes,
+        block_size_tokens: int,
+        queue: RequestQueue,
+        costs: CostModel,
     ) -> None:
-        """Start with an empty queue."""
+        """Start with nobody waiting; queue and costs are read, never changed."""
         self.num_requests = 0
         self.num_tokens = 0
         self.is_draining = False
         self._config = config
         self._spec = spec
-        self._num_blocks = num_blocks
+        self._num_blocks = sizes.num_device_blocks
         self._block_size_tokens = block_size_tokens
+        self._queue = queue
+        self._costs = costs
 
     def __repr__(self) -> str:
         return f"Admission(requests={self.num_requests}, tokens={self.num_tokens})"
@@ -50,30 +71,49 @@ class Admission:
         self.num_requests -= 1
         self.num_tokens -= group.num_tokens
 
-    def refuse_invalid(self, request: Request) -> Rejection | None:
-        """Return why the request can never run here, or None."""
+    def refuse(
+        self, group: RequestGroup, now: float, num_available_blocks: int, slot_wait_s: float
+    ) -> Rejection | None:
+        """Return why the request is not taken on, or None.
+
+        `slot_wait_s`: predicted time until a running choice ends; 0 when a slot is free. What can
+        never be comes before what could be later.
+        """
+        request = group.request
         try:
             _check_fields(request, self._spec.vocab_size)
         except InvalidRequest as error:
             return Rejection(RejectReason.INVALID, str(error))
-        return self._refuse_too_long(request)
+        never = (
+            self._refuse_too_long(request)
+            or self._refuse_too_many_blocks(request, num_available_blocks)
+            or self._refuse_draining()
+            or self._refuse_late_when_idle(request, now)
+        )
+        if never is not None:
+            return never
+        return self._refuse_when_full(group, slot_wait_s) or self._refuse_late(
+            group, now, slot_wait_s
+        )
+
+    # -- never here -------------------------------------------------------------------------------
 
     def _refuse_too_long(self, request: Request) -> Rejection | None:
         num_prompt, limit = len(request.prompt_token_ids), self._spec.max_context_tokens
         asked = num_prompt + request.max_tokens
-        if asked > limit:
-            return Rejection(
-                RejectReason.TOO_LONG,
-                f"the prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}: "
-                f"{asked} together; the context holds {limit}",
-                asked=asked,
-                free=max(0, limit - num_prompt),
-                limit=limit,
-            )
-        return None
+        if asked <= limit:
+            return None
+        return Rejection(
+            RejectReason.TOO_LONG,
+            f"the prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}: "
+            f"{asked} together; the context holds {limit}",
+            asked=asked,
+            free=max(0, limit - num_prompt),
+            limit=limit,
+        )
 
-    def refuse_too_many_blocks(self, request: Request, num_available: int) -> Rejection | None:
-        """Return a rejection when one choice alone would not fit into the whole cache."""
+    def _refuse_too_many_blocks(self, request: Request, num_available: int) -> Rejection | None:
+        """Refuse when one choice alone would not fit into the whole cache."""
         # The last token is sampled and never computed, so it needs no room.
         num_tokens = len(request.prompt_token_ids) + request.max_tokens - 1
         asked = -(-num_tokens // self._block_size_tokens)
@@ -88,17 +128,34 @@ class Admission:
             limit=self._num_blocks,
         )
 
-    def refuse_now(
-        self, group: RequestGroup, rates: MeasuredRates, slot_wait_s: float
-    ) -> Rejection | None:
-        """Return a rejection when the queue has no room, or the replica goes down.
+    def _refuse_draining(self) -> Rejection | None:
+        if not self.is_draining:
+            return None
+        return Rejection(
+            RejectReason.DRAINING, "the replica is draining", retry_after_s=UNMEASURED_RETRY_S
+        )
 
-        `slot_wait_s`: predicted time until a running choice ends; 0 when a slot is free.
-        """
-        if self.is_draining:
-            return Rejection(
-                RejectReason.DRAINING, "the replica is draining", retry_after_s=UNMEASURED_RETRY_S
-            )
+    def _refuse_late_when_idle(self, request: Request, now: float) -> Rejection | None:
+        """Refuse when the deadline is over, or is too soon for the request's own prefill alone."""
+        if request.deadline_s is None:
+            return None
+        available_s = request.deadline_s - now
+        needed_s = self._own_prefill_s(request)
+        if available_s > 0.0 and needed_s <= available_s:
+            return None
+        return Rejection(
+            RejectReason.DEADLINE_NEVER,
+            f"the first token is predicted in {math.ceil(needed_s * 1e3)} ms with nobody ahead; "
+            f"the deadline leaves {math.floor(available_s * 1e3)} ms",
+            asked=math.ceil(needed_s * 1e3),
+            free=max(0, math.floor(available_s * 1e3)),
+            predicted_ttft_s=needed_s,
+        )
+
+    # -- not now ----------------------------------------------------------------------------------
+
+    def _refuse_when_full(self, group: RequestGroup, slot_wait_s: float) -> Rejection | None:
+        """Refuse what the queue has no room for, with the time until it has."""
         config, asked = self._config, group.num_tokens
         # A request that is larger than the whole limit may wait alone: else it never could.
         num_tokens_over = self.num_tokens + asked - config.max_waiting_tokens
@@ -110,7 +167,8 @@ class Admission:
                 asked=asked,
                 free=max(0, config.max_waiting_tokens - self.num_tokens),
                 limit=config.max_waiting_tokens,
-                retry_after_s=_predicted_wait_s(num_tokens_over, rates, slot_wait_s),
+                retry_after_s=self._drain_s(num_tokens_over, slot_wait_s),
+                predicted_ttft_s=self._predicted_ttft_s(group, slot_wait_s),
             )
         if self.num_requests >= config.max_waiting_requests:
             num_tokens_ahead = self.num_tokens // self.num_requests  # one of them must start
@@ -120,17 +178,52 @@ class Admission:
                 asked=1,
                 free=0,
                 limit=config.max_waiting_requests,
-                retry_after_s=_predicted_wait_s(num_tokens_ahead, rates, slot_wait_s),
+                retry_after_s=self._drain_s(num_tokens_ahead, slot_wait_s),
+                predicted_ttft_s=self._predicted_ttft_s(group, slot_wait_s),
             )
         return None
 
+    def _refuse_late(self, group: RequestGroup, now: float, slot_wait_s: float) -> Rejection | None:
+        """Refuse what would get its first token too late behind what waits."""
+        if group.request.deadline_s is None:
+            return None
+        ttft_s = self._predicted_ttft_s(group, slot_wait_s)
+        available_s = group.request.deadline_s - now
+        if ttft_s <= available_s:
+            return None
+        return Rejection(
+            RejectReason.DEADLINE_NOW,
+            f"the first token is predicted in {math.ceil(ttft_s * 1e3)} ms behind what waits; "
+            f"the deadline leaves {math.floor(available_s * 1e3)} ms",
+            asked=math.ceil(ttft_s * 1e3),
+            free=math.floor(available_s * 1e3),
+            retry_after_s=_retry_s(ttft_s - available_s),  # then so much less is ahead
+            predicted_ttft_s=ttft_s,
+        )
 
-def _predicted_wait_s(num_tokens: int, rates: MeasuredRates, slot_wait_s: float) -> float:
-    """Predict when `num_tokens` will have left the queue."""
-    if rates.prefill_tokens_per_s == 0.0:
-        return UNMEASURED_RETRY_S
-    wait_s = slot_wait_s + num_tokens / rates.prefill_tokens_per_s
-    return min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
+    # -- predictions ------------------------------------------------------------------------------
+
+    def _own_prefill_s(self, request: Request) -> float:
+        """Predict the prefill up to the first token of the choice that leads; 0: unmeasured."""
+        num_given = len(request.choices[0].generated_token_ids)
+        return self._costs.prefill_s(0, len(request.prompt_token_ids) + num_given)
+
+    def _predicted_ttft_s(self, group: RequestGroup, slot_wait_s: float) -> float:
+        """Predict the time to the first token behind what waits; 0 while nothing is measured."""
+        rate = self._costs.prefill_tokens_per_s
+        if rate == 0.0:
+            return 0.0
+        num_ahead = self._queue.num_tokens_ahead(group.request, group.num_tokens)
+        return slot_wait_s + num_ahead / rate + self._own_prefill_s(group.request)
+
+    def _drain_s(self, num_tokens: int, slot_wait_s: float) -> float:
+        """Predict when `num_tokens` will have left the queue."""
+        rate = self._costs.prefill_tokens_per_s
+        return UNMEASURED_RETRY_S if rate == 0.0 else _retry_s(slot_wait_s + num_tokens / rate)
+
+
+def _retry_s(seconds: float) -> float:
+    return min(max(seconds, MIN_RETRY_S), MAX_RETRY_S)
 
 
 def _check_fields(request: Request, vocab_size: int) -> None:
@@ -146,6 +239,7 @@ def _check_fields(request: Request, vocab_size: int) -> None:
         raise InvalidRequest.of("max_tokens", request.max_tokens, "at least 1")
     if len(request.cache_salt) != _SALT_BYTES:
         raise InvalidRequest.of("cache_salt", f"{len(request.cache_salt)} bytes", "16 bytes")
+    _check_account(request)
     sampling = request.sampling
     sampling.validate(vocab_size)
     if not 0 <= sampling.min_tokens <= request.max_tokens:
@@ -156,6 +250,25 @@ def _check_fields(request: Request, vocab_size: int) -> None:
     for choice in request.choices:
         field = f"choices[{choice.index}].generated_token_ids"
         _check_token_ids(field, choice.generated_token_ids, vocab_size)
+
+
+def _check_account(request: Request) -> None:
+    """Refuse what the order of the queue or the cache's salt could not take."""
+    num_prompt, num_shared = len(request.prompt_token_ids), request.num_shared_prefix_tokens
+    if not 0 <= num_shared <= num_prompt:
+        raise InvalidRequest.of("shared_prefix_tokens", num_shared, f"0 to {num_prompt}")
+    tenant = request.tenant
+    num_bytes = len(tenant.name.encode())
+    if num_bytes > MAX_TENANT_NAME_BYTES:
+        raise InvalidRequest.of("tenant", f"{num_bytes} bytes", f"{MAX_TENANT_NAME_BYTES} bytes")
+    if not 0.0 < tenant.weight <= MAX_TENANT_WEIGHT:  # also refuses NaN
+        raise InvalidRequest.of(
+            "tenant_weight", tenant.weight, f"above 0, to {MAX_TENANT_WEIGHT:.0f}"
+        )
+    if request.deadline_s is not None and not math.isfinite(request.deadline_s):
+        raise InvalidRequest.of("deadline", request.deadline_s, "a finite time, or none")
+    if not math.isfinite(request.arrival_s):
+        raise InvalidRequest.of("arrival", request.arrival_s, "a finite time")
 
 
 def _check_token_ids(field: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
