@@ -269,6 +269,20 @@ def test_latency_and_bandwidth_of_copies_are_told_apart() -> None:
     assert model.load_s(0) == 0.0
 
 
+def test_a_first_load_is_predicted_from_stores() -> None:
+    """Both go over one bus; the first load that is measured ends that. Not the other way round."""
+    model = CostModel()
+    model.copy_done(STORE, 1 << 20, 1e-3)
+    assert model.load_s(1 << 21) == pytest.approx(2e-3)
+    assert model.fitted().load_bytes_per_s == 0.0
+    model.copy_done(LOAD, 1 << 20, 5e-3)
+    assert model.load_s(1 << 21) == pytest.approx(1e-2)
+    assert model.store_s(1 << 21) == pytest.approx(2e-3)
+    unstored = CostModel()
+    unstored.copy_done(LOAD, 1 << 20, 5e-3)
+    assert unstored.store_s(1 << 21) == 0.0
+
+
 @pytest.mark.parametrize("factor", [0.05, 0.3, 1.8, 3.0, 20.0])
 @pytest.mark.parametrize("num_sizes", [1, 32])
 def test_a_throttled_copy_shows_within_twenty(factor: float, num_sizes: int) -> None:

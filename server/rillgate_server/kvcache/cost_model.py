@@ -113,8 +113,12 @@ class CostModel:
         )
 
     def load_s(self, num_bytes: int) -> float:
-        """Predict the seconds of one copy to the device tier."""
-        return _copy_s(self._loads, num_bytes)
+        """Predict the seconds of one copy to the device tier.
+
+        Until one was measured it is taken to go as fast as those to the host tier, over the same
+        bus: else everybody would try a slow one at once.
+        """
+        return _copy_s(self._loads, num_bytes) or _copy_s(self._stores, num_bytes)
 
     def store_s(self, num_bytes: int) -> float:
         """Predict the seconds of one copy to the host tier."""
