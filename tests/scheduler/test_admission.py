@@ -163,17 +163,18 @@ def test_a_draining_scheduler_refuses_and_finishes_what_it_has() -> None:
 # -- deadlines ----------------------------------------------------------------------------------
 
 
-def measured_driver(max_waiting_requests: int = 100) -> Driver:
+def measured_driver(max_waiting_requests: int = 100, *, prefix_caching: bool = False) -> Driver:
     """Build a driver that has computed enough for prefill to cost 800 tokens a second."""
     limits = Limits(
         max_step_tokens=8,
         max_running=1,
-        prefix_caching=False,
+        prefix_caching=prefix_caching,
         max_waiting_requests=max_waiting_requests,
     )
     driver = Driver(limits)
     for request_id in range(1000, 1010):
-        driver.submit(make_request(request_id, prompt=range(10, 26), max_tokens=1))
+        prompt = [request_id - 990, *range(11, 26)]
+        driver.submit(make_request(request_id, prompt=prompt, max_tokens=1))
     driver.run()
     assert driver.scheduler.load(0.0).prefill_tokens_per_s == pytest.approx(800, rel=0.01)
     return driver
@@ -199,6 +200,18 @@ def test_a_deadline_that_is_too_soon_even_alone_is_refused_for_good() -> None:
     assert "150 ms" in rejection.message
     assert not driver.scheduler.has_work, "it was never queued"
     assert driver.submit(due(request, driver, 0.25)) is None
+
+
+def test_what_the_cache_holds_is_not_counted_against_a_deadline() -> None:
+    """A prompt that was computed before needs its last block alone; another salt needs all."""
+    driver = measured_driver(prefix_caching=True)
+    prompt = [7] * 160
+    driver.submit(make_request(1, prompt=prompt, max_tokens=1))
+    driver.run()
+    request = due(make_request(2, prompt=prompt), driver, 0.05)
+    stranger = replace(request, request_id=3, cache_salt=bytes(range(16)))
+    assert refused(driver, stranger).reason is RejectReason.DEADLINE_NEVER
+    assert driver.submit(request) is None
 
 
 def test_a_deadline_that_is_too_soon_behind_what_waits_is_refused_now() -> None:

@@ -118,6 +118,10 @@ class KVCacheManager:
         )
         return self._note_hits(table, chain, len(hits))
 
+    def count_cached_tokens(self, table: BlockTable, token_ids: Sequence[int]) -> int:
+        """Return how many of an empty table's tokens either tier knows now."""
+        return len(self._match(table, token_ids)) * self.block_size_tokens
+
     def _match(
         self, table: BlockTable, token_ids: Sequence[int]
     ) -> list[tuple[int | None, int | None]]:

@@ -6,7 +6,7 @@ prediction needs.
 
 The time to the first token is predicted as
 
-    slot_wait_s + tokens ahead / prefill_tokens_per_s + prefill_s(0, own tokens)
+    batch_wait_s + tokens ahead / prefill_tokens_per_s + prefill_s(0, own tokens)
 
 from the fitted costs and what the queue says goes before the request. Hits in the prefix cache are
 not foreseen, so it is an upper estimate of the computation; what arrives later, and that each one
@@ -14,6 +14,7 @@ ahead needs a slot too, are not foreseen either. Nothing is predicted until a pr
 """
 
 import math
+from collections.abc import Callable
 
 from rillgate_server.config.groups import BatcherConfig
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
@@ -72,12 +73,18 @@ class Admission:
         self.num_tokens -= group.num_tokens
 
     def refuse(
-        self, group: RequestGroup, now: float, num_available_blocks: int, slot_wait_s: float
+        self,
+        group: RequestGroup,
+        now: float,
+        num_available_blocks: int,
+        batch_wait_s: float,
+        count_cached_tokens: Callable[[], int],
     ) -> Rejection | None:
         """Return why the request is not taken on, or None.
 
-        `slot_wait_s`: predicted time until a running choice ends; 0 when a slot is free. What can
-        never be comes before what could be later.
+        `batch_wait_s`: predicted time until the running batch takes on more. `count_cached_tokens`
+        looks the request up in the cache; it costs the hashes of its prompt, so only who would be
+        refused for a deadline is looked up. What can never be comes before what could be later.
         """
         request = group.request
         try:
@@ -88,12 +95,12 @@ class Admission:
             self._refuse_too_long(request)
             or self._refuse_too_many_blocks(request, num_available_blocks)
             or self._refuse_draining()
-            or self._refuse_late_when_idle(request, now)
+            or self._refuse_late_when_idle(request, now, count_cached_tokens)
         )
         if never is not None:
             return never
-        return self._refuse_when_full(group, slot_wait_s) or self._refuse_late(
-            group, now, slot_wait_s
+        return self._refuse_when_full(group, batch_wait_s) or self._refuse_late(
+            group, now, batch_wait_s, count_cached_tokens
         )
 
     # -- never here -------------------------------------------------------------------------------
@@ -135,12 +142,16 @@ class Admission:
             RejectReason.DRAINING, "the replica is draining", retry_after_s=UNMEASURED_RETRY_S
         )
 
-    def _refuse_late_when_idle(self, request: Request, now: float) -> Rejection | None:
+    def _refuse_late_when_idle(
+        self, request: Request, now: float, count_cached_tokens: Callable[[], int]
+    ) -> Rejection | None:
         """Refuse when the deadline is over, or is too soon for the request's own prefill alone."""
         if request.deadline_s is None:
             return None
         available_s = request.deadline_s - now
         needed_s = self._own_prefill_s(request)
+        if 0.0 < available_s < needed_s:
+            needed_s = self._own_prefill_s(request, count_cached_tokens())
         if available_s > 0.0 and needed_s <= available_s:
             return None
         return Rejection(
@@ -154,7 +165,7 @@ class Admission:
 
     # -- not now ----------------------------------------------------------------------------------
 
-    def _refuse_when_full(self, group: RequestGroup, slot_wait_s: float) -> Rejection | None:
+    def _refuse_when_full(self, group: RequestGroup, batch_wait_s: float) -> Rejection | None:
         """Refuse what the queue has no room for, with the time until it has."""
         config, asked = self._config, group.num_tokens
         # A request that is larger than the whole limit may wait alone: else it never could.
@@ -167,8 +178,8 @@ class Admission:
                 asked=asked,
                 free=max(0, config.max_waiting_tokens - self.num_tokens),
                 limit=config.max_waiting_tokens,
-                retry_after_s=self._drain_s(num_tokens_over, slot_wait_s),
-                predicted_ttft_s=self._predicted_ttft_s(group, slot_wait_s),
+                retry_after_s=self._drain_s(num_tokens_over, batch_wait_s),
+                predicted_ttft_s=self._predicted_ttft_s(group, batch_wait_s),
             )
         if self.num_requests >= config.max_waiting_requests:
             num_tokens_ahead = self.num_tokens // self.num_requests  # one of them must start
@@ -178,17 +189,25 @@ class Admission:
                 asked=1,
                 free=0,
                 limit=config.max_waiting_requests,
-                retry_after_s=self._drain_s(num_tokens_ahead, slot_wait_s),
-                predicted_ttft_s=self._predicted_ttft_s(group, slot_wait_s),
+                retry_after_s=self._drain_s(num_tokens_ahead, batch_wait_s),
+                predicted_ttft_s=self._predicted_ttft_s(group, batch_wait_s),
             )
         return None
 
-    def _refuse_late(self, group: RequestGroup, now: float, slot_wait_s: float) -> Rejection | None:
+    def _refuse_late(
+        self,
+        group: RequestGroup,
+        now: float,
+        batch_wait_s: float,
+        count_cached_tokens: Callable[[], int],
+    ) -> Rejection | None:
         """Refuse what would get its first token too late behind what waits."""
         if group.request.deadline_s is None:
             return None
-        ttft_s = self._predicted_ttft_s(group, slot_wait_s)
+        ttft_s = self._predicted_ttft_s(group, batch_wait_s)
         available_s = group.request.deadline_s - now
+        if ttft_s > available_s:
+            ttft_s = self._predicted_ttft_s(group, batch_wait_s, count_cached_tokens())
         if ttft_s <= available_s:
             return None
         return Rejection(
@@ -203,23 +222,26 @@ class Admission:
 
     # -- predictions ------------------------------------------------------------------------------
 
-    def _own_prefill_s(self, request: Request) -> float:
+    def _own_prefill_s(self, request: Request, num_cached_tokens: int = 0) -> float:
         """Predict the prefill up to the first token of the choice that leads; 0: unmeasured."""
-        num_given = len(request.choices[0].generated_token_ids)
-        return self._costs.prefill_s(0, len(request.prompt_token_ids) + num_given)
+        num_tokens = len(request.prompt_token_ids) + len(request.choices[0].generated_token_ids)
+        return self._costs.prefill_s(num_cached_tokens, num_tokens - num_cached_tokens)
 
-    def _predicted_ttft_s(self, group: RequestGroup, slot_wait_s: float) -> float:
+    def _predicted_ttft_s(
+        self, group: RequestGroup, batch_wait_s: float, num_cached_tokens: int = 0
+    ) -> float:
         """Predict the time to the first token behind what waits; 0 while nothing is measured."""
         rate = self._costs.prefill_tokens_per_s
         if rate == 0.0:
             return 0.0
         num_ahead = self._queue.num_tokens_ahead(group.request, group.num_tokens)
-        return slot_wait_s + num_ahead / rate + self._own_prefill_s(group.request)
+        own_s = self._own_prefill_s(group.request, num_cached_tokens)
+        return batch_wait_s + num_ahead / rate + own_s
 
-    def _drain_s(self, num_tokens: int, slot_wait_s: float) -> float:
+    def _drain_s(self, num_tokens: int, batch_wait_s: float) -> float:
         """Predict when `num_tokens` will have left the queue."""
         rate = self._costs.prefill_tokens_per_s
-        return UNMEASURED_RETRY_S if rate == 0.0 else _retry_s(slot_wait_s + num_tokens / rate)
+        return UNMEASURED_RETRY_S if rate == 0.0 else _retry_s(batch_wait_s + num_tokens / rate)
 
 
 def _retry_s(seconds: float) -> float:

@@ -13,6 +13,8 @@ At most one plan is open. While it is, the blocks that it names are owned, whate
 their request; a result for a request that ended meanwhile is dropped.
 """
 
+from collections.abc import Set
+
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
 from rillgate_server.core.block_hash import root_hash
 from rillgate_server.core.load import EngineLoad, FlushedBlocks
@@ -20,6 +22,7 @@ from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.request import Rejection, Request
 from rillgate_server.core.step import StepOutput, StepPlan, StepResult
 from rillgate_server.errors import EngineFailure
+from rillgate_server.kvcache.block_table import BlockTable
 from rillgate_server.kvcache.cost_model import CostModel
 from rillgate_server.kvcache.manager import KVCacheManager
 from rillgate_server.kvcache.tier_plan import CachePolicy
@@ -85,7 +88,11 @@ class Scheduler:
         """Queue a request, or return why not: then nothing of it is kept."""
         group = RequestGroup(request)
         rejection = self._admission.refuse(
-            group, now, self._cache.pool.num_available, self._slot_wait_s()
+            group,
+            now,
+            self._cache.pool.num_available,
+            self._batch_wait_s(),
+            lambda: self._count_cached_tokens(request),
         )
         if rejection is not None:
             return rejection
@@ -146,18 +153,19 @@ class Scheduler:
         self._apply_rows(opened, result, now)
         self._open = None  # last: whatever raises above, `fail_plan` still knows whom it concerns
         self._progress_s = now
-        self._account(opened, now - opened.began_s)
+        self._account(opened, failed.keys(), now - opened.began_s)
         return self._requests.events.take(self._former.step_id)
 
-    def _account(self, opened: OpenPlan, seconds: float) -> None:
+    def _account(self, opened: OpenPlan, failed: Set[int], seconds: float) -> None:
         """Learn from the step what steps cost, and charge the tenants for it."""
         self._costs.step_done(opened.work, seconds)
         sampled = [
             sequence
             for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True)
-            if row.samples
+            if row.samples and row.slot not in failed
         ]
-        self._queue.charge_step(sampled, self._batch.sequences, seconds)
+        holders = self._batch.sequences + self._batch.loading
+        self._queue.charge_step(sampled, holders, seconds)
 
     def _apply_rows(self, opened: OpenPlan, result: StepResult, now: float) -> None:
         """Walk over the rows; sampling rows take the result's entries in order."""
@@ -228,15 +236,22 @@ class Scheduler:
             num_prompt_tokens=self._requests.num_prompt_tokens,
         )
 
-    def _slot_wait_s(self) -> float:
-        """Predict when a slot is free: when the running choice with least to do has done it."""
-        if self._batch.has_free_slot or not self._batch.sequences:
-            return 0.0
-        num_steps = min(
-            sequence.group.request.max_tokens - sequence.num_generated
-            for sequence in self._batch.sequences
-        )
-        return num_steps * self._costs.recent_decode_step_s
+    def _batch_wait_s(self) -> float:
+        """Predict when the batch takes on more: its prefills are computed, and a slot is free."""
+        running, rate = self._batch.sequences, self._costs.prefill_tokens_per_s
+        num_prefilling = sum(s.num_remaining for s in running if s.num_remaining > 1)
+        wait_s = num_prefilling / rate if rate else 0.0
+        if self._batch.has_free_slot or not running:
+            return wait_s
+        # The one with least to do is the first to end.
+        num_steps = min(s.group.request.max_tokens - s.num_generated for s in running)
+        return wait_s + num_steps * self._costs.recent_decode_step_s
+
+    def _count_cached_tokens(self, request: Request) -> int:
+        """Return how much of a request's leading choice is in the cache."""
+        token_ids = (*request.prompt_token_ids, *request.choices[0].generated_token_ids)
+        table = BlockTable(request.cache_salt, request.num_shared_prefix_tokens)
+        return self._cache.count_cached_tokens(table, token_ids)
 
     def check_integrity(self) -> None:
         """Prove every part's invariants and those between them. Costs O(everything)."""
