@@ -82,7 +82,7 @@ class ContinuationMismatch(RillgateError):
 
 
 class Overloaded(RillgateError):
-    """The queue is full."""
+    """The queue is full, or too full for the request's deadline."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         """Say the numbers, and when a retry can pay."""
@@ -92,6 +92,19 @@ class Overloaded(RillgateError):
 
 class DeadlineExceeded(RillgateError):
     """The deadline passed before anything could be sent."""
+
+
+class DeadlineUnattainable(RillgateError):
+    """The deadline could not be met by an idle server either; the request was never queued."""
+
+    def __init__(self, predicted_s: float, available_s: float) -> None:
+        """Take the predicted time to the first token, and what the deadline leaves."""
+        self.predicted_s = predicted_s
+        self.available_s = available_s
+        super().__init__(
+            f"the deadline cannot be met: the first token is predicted after {predicted_s:.3f} s "
+            f"on an idle server, available: {available_s:.3f} s"
+        )
 
 
 class Draining(RillgateError):

@@ -91,12 +91,51 @@ def test_settings_pass_through_the_environment_unchanged(monkeypatch: pytest.Mon
         overrides={
             "model": {"path": "/somewhere/a model", "dtype": "float32"},
             "cache": {"prefix_caching": "false", "memory_bytes": "1048576"},
-            "gateway": {"keepalive_s": "0.25"},
+            "gateway": {"keepalive_s": "0.25", "shared_prefixes": '["a b.txt", "c,d.txt"]'},
         }
     )
     for name, value in settings.to_environment().items():
         monkeypatch.setenv(name, value)
     assert load_settings().model_dump() == settings.model_dump()
+
+
+def test_a_list_is_toml_in_the_file_and_json_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three sources give the same tuple of texts."""
+    file = tmp_path / "rillgate.toml"
+    file.write_text('[gateway]\nshared_prefixes = ["a.txt", "b.txt"]\n')
+    assert load_settings(file).gateway.shared_prefixes == ("a.txt", "b.txt")
+    monkeypatch.setenv("RILLGATE_GATEWAY__SHARED_PREFIXES", '["c.txt"]')
+    assert load_settings(file).gateway.shared_prefixes == ("c.txt",)
+    flags = {"gateway": {"shared_prefixes": "[]"}}
+    assert load_settings(file, flags).gateway.shared_prefixes == ()
+
+
+@pytest.mark.parametrize("value", ["a.txt", "{}", '{"a": 1}', "[[]]", "3"])
+def test_what_is_no_list_of_texts_is_refused(value: str) -> None:
+    """A path alone is not taken for a list of one."""
+    with pytest.raises(ConfigError, match=r"gateway\.shared_prefixes"):
+        load_settings(overrides={"gateway": {"shared_prefixes": value}})
+
+
+@pytest.mark.parametrize("secret", ["a short secret", "long" * 300])
+def test_a_secret_out_of_its_limits_is_refused_and_not_shown(secret: str) -> None:
+    """The error tells its length alone."""
+    with pytest.raises(ConfigError, match="allowed: none, or 16 to 1024") as caught:
+        load_settings(overrides={"gateway": {"cluster_secret": secret}})
+    assert secret not in str(caught.value)
+
+
+def test_a_secret_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
+    """Nor is one in what settings show of themselves."""
+    file = tmp_path / "rillgate.toml"
+    file.write_text("[gateway]\ncluster_secret = ['0123456789abcdef']\n")
+    with pytest.raises(ConfigError, match=r"gateway\.cluster_secret cannot be used") as caught:
+        load_settings(file)
+    assert "0123456789abcdef" not in str(caught.value)
+    settings = load_settings(overrides={"gateway": {"cluster_secret": "0123456789abcdef"}})
+    assert "0123456789abcdef" not in repr(settings)
 
 
 def test_there_are_at_most_sixty_fields() -> None:
@@ -128,4 +167,4 @@ def test_every_setting_is_documented_with_its_default() -> None:
     assert rows.keys() == defaults.keys()
     for name, value in defaults.items():
         written = str(value).lower() if isinstance(value, bool) else str(value)
-        assert rows[name] == ("unset" if value in ("", None) else f"`{written}`"), name
+        assert rows[name] == ("unset" if value in ("", None, ()) else f"`{written}`"), name

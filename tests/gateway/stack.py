@@ -22,16 +22,17 @@ from rillgate_server.config.groups import BatcherConfig, CacheConfig, GatewayCon
 from rillgate_server.config.settings import bundled_model_dir
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.clock import SystemClock
-from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.request import Request
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import RowPlan, StepPlan
 from rillgate_server.core.welcome import Welcome
 from rillgate_server.engine.engine import Engine
 from rillgate_server.engine.engine_loop import EngineLoop
-from rillgate_server.engine.testing import FakeExecutor, FakeModel
+from rillgate_server.engine.testing import FakeCopies, FakeExecutor, FakeModel
 from rillgate_server.gateway.process import Gateway
 from rillgate_server.gateway.prompt import ServedModel
+from rillgate_server.gateway.tenancy import TenantOf, default_tenant
 from rillgate_server.gateway.text.model_text import ModelText
 from rillgate_server.replica.engine_service import EngineService
 from rillgate_server.scheduler.scheduler import Scheduler
@@ -42,6 +43,7 @@ GATEWAY = GatewayConfig(listen="127.0.0.1:0", drain_grace_s=PATIENCE_S)
 NUM_BLOCKS = 512
 BATCHER = BatcherConfig(max_running=16, max_step_tokens=256, max_prefill_chunk_tokens=64)
 CACHE = CacheConfig(block_size_tokens=8)
+NO_HOST_TIER = FakeCopies()
 
 
 @functools.cache
@@ -90,16 +92,17 @@ class RecordedEngine:
 
     def __init__(self, loop: EngineLoop) -> None:
         self._loop = loop
-        self.num_submitted = 0
+        self.requests: list[Request] = []
+        self.flush_cache = loop.flush_cache
         self.drain = loop.drain
         self.load = loop.load
         self.aborts: list[tuple[int, ...]] = []
         self.has_aborted = asyncio.Event()
 
     def submit(self, request: Request) -> None:
-        """Pass it on, and count it."""
+        """Pass it on, and remember it."""
         self._loop.submit(request)
-        self.num_submitted += 1
+        self.requests.append(request)
 
     def abort(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
         """Pass it on, and remember the choices."""
@@ -158,6 +161,7 @@ async def running_replica(
     model: FakeModel | None = None,
     fail_rows: Callable[[RowPlan, Sequence[int]], str | None] | None = None,
     batcher: BatcherConfig = BATCHER,
+    copies: FakeCopies = NO_HOST_TIER,
 ) -> AsyncIterator[Replica]:
     """Serve a fake engine on a Unix socket while the block runs."""
     spec, clock, pace = served_model().spec, SystemClock(), Pace()
@@ -167,8 +171,10 @@ async def running_replica(
         model or FakeModel(spec.vocab_size),
         before_step=pace,
         fail_rows=fail_rows,
+        copies=copies,
     )
-    engine = Engine(Scheduler(batcher, CACHE, spec, NUM_BLOCKS), executor, clock)
+    sizes = CacheSizes(NUM_BLOCKS, copies.block_bytes, spec.dtype, copies.num_host_blocks)
+    engine = Engine(Scheduler(batcher, CACHE, spec, sizes), executor, clock)
     service = EngineService(spec.eos_token_ids, _welcome(spec), clock, load_interval_s=0.02)
     loop = EngineLoop(engine, clock, service.on_event)
     recorded = RecordedEngine(loop)
@@ -194,10 +200,13 @@ async def running_stack(
     model: FakeModel | None = None,
     fail_rows: Callable[[RowPlan, Sequence[int]], str | None] | None = None,
     batcher: BatcherConfig = BATCHER,
+    tenant_of: TenantOf = default_tenant,
+    served: ServedModel | None = None,
 ) -> AsyncIterator[Stack]:
     """Serve while the block runs, and check at its end that no block is held."""
     async with running_replica(model, fail_rows, batcher) as replica:
-        gateway = Gateway(config, served_model(), f"unix:{replica.socket}", SystemClock())
+        address = f"unix:{replica.socket}"
+        gateway = Gateway(config, served or served_model(), address, SystemClock(), tenant_of)
         await gateway.start()
         try:
             await gateway.wait_ready(PATIENCE_S)

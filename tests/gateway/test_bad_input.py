@@ -381,7 +381,7 @@ async def test_a_full_queue_refuses_with_the_time_to_come_again() -> None:
             asyncio.create_task(generate(stack, request(tokens=[i, 2, 3]))) for i in range(1, 6)
         ]
         async with asyncio.timeout(PATIENCE_S):
-            while stack.replica.engine.num_submitted < len(calls):
+            while len(stack.replica.engine.requests) < len(calls):
                 await stack.control.GetStatus(control_pb2.GetStatusRequest())
         stack.pace.open()
         await asyncio.wait(calls, timeout=PATIENCE_S)

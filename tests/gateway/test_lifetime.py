@@ -97,7 +97,7 @@ async def test_a_deadline_already_passed_is_deadline_exceeded(stack: Stack) -> N
         def time_remaining(self) -> float:
             return 0.0
 
-    service = InferenceService(*cast("Any", [None] * 4))
+    service = InferenceService(*cast("Any", [None] * 5))
     with pytest.raises(DeadlineExceeded):
         await service.Generate(request(), cast("Any", Late()))
     assert stack.replica.executor.num_steps == 0

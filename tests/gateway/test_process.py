@@ -100,10 +100,11 @@ async def test_channelz_tells_of_the_server(stack: Stack) -> None:
 async def test_status_tells_what_runs_and_what_the_cache_holds(stack: Stack) -> None:
     """Counts of requests and blocks, of the model that is served."""
     stack.pace.hold()
-    call = asyncio.create_task(generate(stack, request(tokens=[1] * 20, sampling__n=2)))
-    stack.pace.allow(3)
+    message = request(tokens=[1] * 20, sampling__n=2, stopping__max_tokens=500)
+    call = asyncio.create_task(generate(stack, message))
     async with asyncio.timeout(PATIENCE_S):
         while True:
+            stack.pace.allow(1)  # loads are gathered now and then, between two steps
             status = await stack.control.GetStatus(control_pb2.GetStatusRequest())
             (replica,) = status.replicas
             if replica.num_running == 2:

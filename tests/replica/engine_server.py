@@ -7,13 +7,14 @@ import asyncio
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import grpc
 
 from rillgate_proto.v1 import engine_pb2_grpc
 from rillgate_server.core.clock import SystemClock
-from rillgate_server.core.load import EngineLoad
+from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.model_spec import ModelSpec
 from rillgate_server.core.request import Request
 from rillgate_server.core.sampling_params import SamplingParams
@@ -57,6 +58,7 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.aborts: list[tuple[int, tuple[int, ...]]] = []
+        self.flushes: list[Future[FlushedBlocks]] = []
         self.is_draining = False
         self._changed = asyncio.Event()
 
@@ -69,6 +71,13 @@ class ScriptedEngine:
         """Record it."""
         self.aborts.append((request_id, choice_indices))
         self._changed.set()
+
+    def flush_cache(self) -> Future[FlushedBlocks]:
+        """Record it; the test completes the future."""
+        flushed: Future[FlushedBlocks] = Future()
+        self.flushes.append(flushed)
+        self._changed.set()
+        return flushed
 
     def drain(self) -> None:
         """Record it."""

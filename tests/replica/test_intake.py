@@ -2,7 +2,14 @@
 
 import pytest
 
-from rillgate_server.core.request import ChoiceStart, Rejection, RejectReason, Request
+from rillgate_server.core.request import (
+    ChoiceStart,
+    PriorityClass,
+    Rejection,
+    RejectReason,
+    Request,
+    Tenant,
+)
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.submission import Submission
 from rillgate_server.replica.intake import MAX_STOP_TOKEN_IDS, to_request
@@ -40,6 +47,26 @@ def test_the_rest_arrives_unchanged() -> None:
     assert request.prompt_token_ids == (1, 2)
     assert request.choices == choices
     assert (request.max_tokens, request.cache_salt) == (9, b"s" * 16)
+
+
+def test_the_account_arrives_unchanged() -> None:
+    """Tenant, class, salt and shared prefix are the gateway's to say."""
+    request = taken(
+        make_submission(
+            tenant=Tenant("a", 2.0),
+            priority=PriorityClass.LOW,
+            num_shared_prefix_tokens=2,
+        )
+    )
+    assert (request.tenant, request.priority) == (Tenant("a", 2.0), PriorityClass.LOW)
+    assert request.num_shared_prefix_tokens == 2
+
+
+def test_times_are_put_on_this_replica_s_clock() -> None:
+    """What it waited lies before now, what the caller still waits after; no deadline stays none."""
+    request = taken(make_submission(waited_s=0.5, time_remaining_s=2.0))
+    assert (request.arrival_s, request.deadline_s) == (1.0, 3.5)
+    assert taken(make_submission()).deadline_s is None
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from rillgate_proto.v1 import inference_pb2_grpc
 DEADLINE_S = 100.0
 """For a start that imports torch, on a machine that may be busy."""
 
+_SECRET = "RILLGATE_GATEWAY__CLUSTER_SECRET"
 _READY = re.compile(r"rillgate: serving demo .* on (\S+) \(ready after")
 
 
@@ -146,14 +147,20 @@ async def _survives_kill_of_the_replica(server: Server, caller: Caller) -> None:
 
 
 async def _survives_kill_of_the_gateway(server: Server, caller: Caller) -> None:
-    """The replica's process stays, with nothing running; the port is the same."""
+    """The replica's process stays, with nothing running; port and cluster secret are the same."""
     calls = await caller.begin(2, 1500)
     before = server.children()
+    secret = before["gateway"].environ()[_SECRET]
     before["gateway"].kill()
     assert {await code_of(call) for call in calls} == {grpc.StatusCode.UNAVAILABLE}
     await server.wait_line(re.compile("the gateway serves again"))
     await _until(caller, grpc.StatusCode.OK)
-    assert server.children()["replica"].pid == before["replica"].pid
+    after = server.children()
+    assert after["replica"].pid == before["replica"].pid
+    assert after["gateway"].environ()[_SECRET] == secret
+    assert len(secret) == 64
+    assert after["replica"].environ()[_SECRET] == ""
+    assert not [line for line in server.lines if secret in line]
 
 
 async def _drains(server: Server, caller: Caller) -> None:

@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rillgate_proto.v1 import engine_pb2
-from rillgate_server.core.load import EngineLoad, TierLoad
 from rillgate_server.core.request import (
     ChoiceStart,
     FinishReason,
+    PriorityClass,
     Rejection,
     RejectReason,
     RequestRejected,
+    Tenant,
 )
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import (
@@ -26,7 +27,6 @@ from rillgate_server.core.step import (
     TokenLogprobs,
 )
 from rillgate_server.core.submission import Submission
-from rillgate_server.core.welcome import Welcome
 from rillgate_server.service import convert_engine
 
 # No example has a deadline: the machine may be busy.
@@ -66,6 +66,11 @@ submissions = st.builds(
     stop_token_ids=token_ids,
     ignore_eos=st.booleans(),
     cache_salt=st.binary(min_size=16, max_size=16),
+    num_shared_prefix_tokens=u32,
+    tenant=st.builds(Tenant, text, st.floats(min_value=0, exclude_min=True)),
+    priority=st.sampled_from(PriorityClass),
+    time_remaining_s=st.none() | seconds.filter(bool),
+    waited_s=seconds,
 )
 positions = st.lists(
     st.builds(TokenLogprobs, u32, floats, st.lists(st.tuples(u32, floats), max_size=3).map(tuple)),
@@ -73,7 +78,10 @@ positions = st.lists(
     max_size=3,
 ).map(tuple)
 tuples_of = {
-    "started": st.builds(RequestStarted, u64, seconds, u32),
+    "started": st.builds(
+        lambda key, wait_s, device, host: RequestStarted(key, wait_s, device + host, host),
+        *(u64, seconds, st.integers(0, 2**31), st.integers(0, 2**31)),
+    ),
     "tokens": st.builds(ChoiceTokens, u64, u32, u32, token_ids, st.just(()) | positions),
     "prompt_logprobs": st.builds(PromptLogprobs, u64, positions),
     "finished": st.builds(ChoiceFinished, u64, u32, st.sampled_from(FinishReason), u32, u32),
@@ -123,6 +131,7 @@ def test_a_step_output_survives_the_wire(output: StepOutput) -> None:
         free=u64,
         limit=u64,
         retry_after_s=seconds,
+        predicted_ttft_s=seconds,
     ),
 )
 def test_a_rejection_survives_the_wire(key: int, rejection: Rejection) -> None:
@@ -132,56 +141,22 @@ def test_a_rejection_survives_the_wire(key: int, rejection: Rejection) -> None:
     assert convert_engine.rejected_from_wire(rejected) == RequestRejected(key, rejection)
 
 
-@settings(deadline=None)
-@given(u64, u32, text)
-def test_a_welcome_survives_the_wire(incarnation: int, number: int, name: str) -> None:
-    """What a replica is arrives whole: each field with a value of its own."""
-    welcome = Welcome(
-        replica_id=name + "a",
-        incarnation=incarnation,
-        model=name + "b",
-        model_version_digest=name + "c",
-        tokenizer_digest=name + "d",
-        vocab_size=number // 2,
-        max_context_tokens=number // 3,
-        block_size_tokens=number // 4,
-        hash_scheme=name + "e",
-        kv_dtype=name + "f",
-        max_running=number // 5,
-        tensor_parallel_size=number // 6,
-        protocol_version=number // 7,
-    )
-    data = convert_engine.welcome_event(welcome).SerializeToString()
-    event = engine_pb2.ReplicaEvent.FromString(data)
-    assert convert_engine.welcome_from_wire(event.welcome) == welcome
+def test_a_deadline_that_is_over_does_not_become_none() -> None:
+    """0 on the wire means no deadline, so the least that is sent is a millisecond."""
+    submission = Submission("r", (1,), SamplingParams(1), 1, time_remaining_s=0.0)
+    submit = convert_engine.submit_command(1, submission).submit
+    assert convert_engine.submission_from_wire(submit).time_remaining_s == 0.001
 
 
-@settings(deadline=None)
-@given(st.lists(u32, min_size=12, max_size=12), st.booleans())
-def test_a_load_survives_the_wire(numbers: list[int], is_draining: bool) -> None:
-    """What a replica does arrives whole: each field with a value of its own."""
-    load = EngineLoad(
-        step_id=numbers[0],
-        step_age_s=1.5,
-        is_draining=is_draining,
-        num_running=numbers[1],
-        num_waiting=numbers[2],
-        num_running_tokens=numbers[3],
-        num_waiting_tokens=numbers[4],
-        device=TierLoad(*numbers[5:9]),
-        prefill_tokens_per_s=123.25,
-        decode_step_s=0.25,
-        num_preemptions=numbers[9],
-        num_cached_tokens=numbers[10],
-        num_prompt_tokens=numbers[11],
-    )
-    data = convert_engine.load_event(load).SerializeToString()
-    event = engine_pb2.ReplicaEvent.FromString(data)
-    assert convert_engine.load_from_wire(event.load) == load
+def test_a_priority_of_a_newer_gateway_is_normal() -> None:
+    """Unset and unknown numbers do not end the stream of all requests."""
+    assert convert_engine.priority_from_wire(0) is PriorityClass.NORMAL
+    assert convert_engine.priority_from_wire(99) is PriorityClass.NORMAL
 
 
 def test_every_reason_of_the_wire_has_one_of_core() -> None:
-    """Neither enum has a number without a meaning, but UNSPECIFIED, nor a meaning without one."""
+    """No enum has a number without a meaning, but UNSPECIFIED, nor a meaning without one."""
+    assert len(engine_pb2.EnginePriority.values()) == len(PriorityClass) + 1
     assert len(engine_pb2.RejectReason.values()) == len(RejectReason) + 1
     assert len(engine_pb2.EngineFinishReason.values()) == len(FinishReason) + 1
 

@@ -47,6 +47,11 @@ EXAMPLES: dict[type[RillgateError], tuple[RillgateError, Code, tuple[type[Any], 
         Code.DEADLINE_EXCEEDED,
         (error_details_pb2.ErrorInfo,),
     ),
+    errors.DeadlineUnattainable: (
+        errors.DeadlineUnattainable(2.5, 1.25),
+        Code.DEADLINE_EXCEEDED,
+        (error_details_pb2.ErrorInfo,),
+    ),
     errors.Draining: (
         errors.Draining("going down"),
         Code.UNAVAILABLE,
@@ -124,6 +129,16 @@ def test_a_retry_is_told_in_time() -> None:
     assert details(
         status, error_details_pb2.RetryInfo
     ).retry_delay.ToTimedelta().total_seconds() == (2.5)
+
+
+def test_an_unattainable_deadline_tells_predicted_and_available() -> None:
+    """For people in the message, for programs in the details."""
+    status = status_of(errors.DeadlineUnattainable(2.5, 1.25), "r")
+    assert "predicted after 2.500 s" in status.message
+    assert "available: 1.250 s" in status.message
+    info = details(status, error_details_pb2.ErrorInfo)
+    assert info.reason == "DEADLINE_UNATTAINABLE"
+    assert dict(info.metadata) == {"predicted_ms": "2500", "available_ms": "1250"}
 
 
 def test_bad_request_names_each_field_with_value_and_limit() -> None:

@@ -41,6 +41,11 @@ class ControlStub(object):
                 request_serializer=rillgate__proto_dot_v1_dot_control__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=rillgate__proto_dot_v1_dot_control__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.FlushCache = channel.unary_unary(
+                '/rillgate.v1.Control/FlushCache',
+                request_serializer=rillgate__proto_dot_v1_dot_control__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=rillgate__proto_dot_v1_dot_control__pb2.FlushCacheResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer(object):
@@ -55,6 +60,14 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FlushCache(self, request, context):
+        """Forgets the cached blocks that no request uses, in both tiers of every replica. What was cached
+        is computed again; running requests keep what they have.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +75,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=rillgate__proto_dot_v1_dot_control__pb2.GetStatusRequest.FromString,
                     response_serializer=rillgate__proto_dot_v1_dot_control__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=rillgate__proto_dot_v1_dot_control__pb2.FlushCacheRequest.FromString,
+                    response_serializer=rillgate__proto_dot_v1_dot_control__pb2.FlushCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -93,6 +111,33 @@ class Control(object):
             '/rillgate.v1.Control/GetStatus',
             rillgate__proto_dot_v1_dot_control__pb2.GetStatusRequest.SerializeToString,
             rillgate__proto_dot_v1_dot_control__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rillgate.v1.Control/FlushCache',
+            rillgate__proto_dot_v1_dot_control__pb2.FlushCacheRequest.SerializeToString,
+            rillgate__proto_dot_v1_dot_control__pb2.FlushCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

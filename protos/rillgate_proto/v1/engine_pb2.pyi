@@ -6,6 +6,13 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class EnginePriority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENGINE_PRIORITY_UNSPECIFIED: _ClassVar[EnginePriority]
+    ENGINE_PRIORITY_HIGH: _ClassVar[EnginePriority]
+    ENGINE_PRIORITY_NORMAL: _ClassVar[EnginePriority]
+    ENGINE_PRIORITY_LOW: _ClassVar[EnginePriority]
+
 class EngineFinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ENGINE_FINISH_REASON_UNSPECIFIED: _ClassVar[EngineFinishReason]
@@ -19,12 +26,18 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECT_REASON_TOO_LONG: _ClassVar[RejectReason]
     REJECT_REASON_OVERLOADED: _ClassVar[RejectReason]
     REJECT_REASON_DRAINING: _ClassVar[RejectReason]
+    REJECT_REASON_DEADLINE_NEVER: _ClassVar[RejectReason]
+    REJECT_REASON_DEADLINE_NOW: _ClassVar[RejectReason]
 
 class EngineState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ENGINE_STATE_UNSPECIFIED: _ClassVar[EngineState]
     ENGINE_STATE_READY: _ClassVar[EngineState]
     ENGINE_STATE_DRAINING: _ClassVar[EngineState]
+ENGINE_PRIORITY_UNSPECIFIED: EnginePriority
+ENGINE_PRIORITY_HIGH: EnginePriority
+ENGINE_PRIORITY_NORMAL: EnginePriority
+ENGINE_PRIORITY_LOW: EnginePriority
 ENGINE_FINISH_REASON_UNSPECIFIED: EngineFinishReason
 ENGINE_FINISH_REASON_STOP: EngineFinishReason
 ENGINE_FINISH_REASON_LENGTH: EngineFinishReason
@@ -33,6 +46,8 @@ REJECT_REASON_INVALID: RejectReason
 REJECT_REASON_TOO_LONG: RejectReason
 REJECT_REASON_OVERLOADED: RejectReason
 REJECT_REASON_DRAINING: RejectReason
+REJECT_REASON_DEADLINE_NEVER: RejectReason
+REJECT_REASON_DEADLINE_NOW: RejectReason
 ENGINE_STATE_UNSPECIFIED: EngineState
 ENGINE_STATE_READY: EngineState
 ENGINE_STATE_DRAINING: EngineState
@@ -46,7 +61,7 @@ class EngineCommand(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_key", "request_id", "cache_salt", "prompt_token_ids", "choices", "sampling", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "num_logprobs", "num_prompt_logprobs")
+    __slots__ = ("request_key", "request_id", "cache_salt", "prompt_token_ids", "choices", "sampling", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "num_logprobs", "num_prompt_logprobs", "tenant", "tenant_weight", "priority_class", "shared_prefix_tokens", "time_remaining_ms", "waited_ms")
     REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +74,12 @@ class Submit(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_CLASS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIME_REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
+    WAITED_MS_FIELD_NUMBER: _ClassVar[int]
     request_key: int
     request_id: str
     cache_salt: bytes
@@ -71,7 +92,13 @@ class Submit(_message.Message):
     ignore_eos: bool
     num_logprobs: int
     num_prompt_logprobs: int
-    def __init__(self, request_key: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[_Union[SubmitChoice, _Mapping]]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., num_logprobs: _Optional[int] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
+    tenant: str
+    tenant_weight: float
+    priority_class: EnginePriority
+    shared_prefix_tokens: int
+    time_remaining_ms: int
+    waited_ms: int
+    def __init__(self, request_key: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[_Union[SubmitChoice, _Mapping]]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., num_logprobs: _Optional[int] = ..., num_prompt_logprobs: _Optional[int] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., priority_class: _Optional[_Union[EnginePriority, str]] = ..., shared_prefix_tokens: _Optional[int] = ..., time_remaining_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ...) -> None: ...
 
 class SubmitChoice(_message.Message):
     __slots__ = ("index", "generated_token_ids")
@@ -173,14 +200,16 @@ class EngineTokenLogprobs(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RequestStarted(_message.Message):
-    __slots__ = ("request_key", "queue_ms", "cached_device_tokens")
+    __slots__ = ("request_key", "queue_ms", "cached_device_tokens", "cached_host_tokens")
     REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_key: int
     queue_ms: float
     cached_device_tokens: int
-    def __init__(self, request_key: _Optional[int] = ..., queue_ms: _Optional[float] = ..., cached_device_tokens: _Optional[int] = ...) -> None: ...
+    cached_host_tokens: int
+    def __init__(self, request_key: _Optional[int] = ..., queue_ms: _Optional[float] = ..., cached_device_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ...) -> None: ...
 
 class ChoiceFinished(_message.Message):
     __slots__ = ("request_key", "choice_index", "reason", "num_tokens", "num_preemptions")
@@ -205,7 +234,7 @@ class RequestFailed(_message.Message):
     def __init__(self, request_key: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Rejected(_message.Message):
-    __slots__ = ("request_key", "reason", "asked", "free", "limit", "retry_after_ms", "message")
+    __slots__ = ("request_key", "reason", "asked", "free", "limit", "retry_after_ms", "message", "predicted_ttft_ms")
     REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     ASKED_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +242,7 @@ class Rejected(_message.Message):
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     request_key: int
     reason: RejectReason
     asked: int
@@ -220,7 +250,8 @@ class Rejected(_message.Message):
     limit: int
     retry_after_ms: int
     message: str
-    def __init__(self, request_key: _Optional[int] = ..., reason: _Optional[_Union[RejectReason, str]] = ..., asked: _Optional[int] = ..., free: _Optional[int] = ..., limit: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    predicted_ttft_ms: int
+    def __init__(self, request_key: _Optional[int] = ..., reason: _Optional[_Union[RejectReason, str]] = ..., asked: _Optional[int] = ..., free: _Optional[int] = ..., limit: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., message: _Optional[str] = ..., predicted_ttft_ms: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ()
@@ -265,7 +296,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., model_version_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., hash_scheme: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., max_running: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("step_id", "step_age_ms", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "device", "prefill_tokens_per_s", "decode_step_ms", "num_preemptions", "num_cached_tokens", "num_prompt_tokens")
+    __slots__ = ("step_id", "step_age_ms", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "device", "prefill_tokens_per_s", "decode_step_ms", "num_preemptions", "num_cached_tokens", "num_prompt_tokens", "num_loading", "host", "copies", "decisions", "costs", "queues")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +310,12 @@ class Load(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOADING_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUES_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     step_age_ms: float
     state: EngineState
@@ -292,16 +329,112 @@ class Load(_message.Message):
     num_preemptions: int
     num_cached_tokens: int
     num_prompt_tokens: int
-    def __init__(self, step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., state: _Optional[_Union[EngineState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., device: _Optional[_Union[TierLoad, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ...) -> None: ...
+    num_loading: int
+    host: TierLoad
+    copies: CopyCounts
+    decisions: LoadDecisions
+    costs: FittedCosts
+    queues: _containers.RepeatedCompositeFieldContainer[QueueLoad]
+    def __init__(self, step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., state: _Optional[_Union[EngineState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., device: _Optional[_Union[TierLoad, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., copies: _Optional[_Union[CopyCounts, _Mapping]] = ..., decisions: _Optional[_Union[LoadDecisions, _Mapping]] = ..., costs: _Optional[_Union[FittedCosts, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueLoad, _Mapping]]] = ...) -> None: ...
 
 class TierLoad(_message.Message):
-    __slots__ = ("num_blocks", "num_blocks_free", "num_blocks_used", "num_blocks_cached")
+    __slots__ = ("num_blocks", "num_blocks_free", "num_blocks_used", "num_blocks_cached", "num_blocks_copying", "num_hit_tokens", "num_evicted_blocks")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_COPYING_FIELD_NUMBER: _ClassVar[int]
+    NUM_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     num_blocks_free: int
     num_blocks_used: int
     num_blocks_cached: int
-    def __init__(self, num_blocks: _Optional[int] = ..., num_blocks_free: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ...) -> None: ...
+    num_blocks_copying: int
+    num_hit_tokens: int
+    num_evicted_blocks: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_blocks_free: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ..., num_blocks_copying: _Optional[int] = ..., num_hit_tokens: _Optional[int] = ..., num_evicted_blocks: _Optional[int] = ...) -> None: ...
+
+class CopyCounts(_message.Message):
+    __slots__ = ("num_stored_blocks", "num_stored_bytes", "num_loaded_blocks", "num_loaded_bytes", "num_failed_blocks", "num_refused_blocks", "num_unsaved_blocks")
+    NUM_STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOADED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REFUSED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNSAVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    num_stored_blocks: int
+    num_stored_bytes: int
+    num_loaded_blocks: int
+    num_loaded_bytes: int
+    num_failed_blocks: int
+    num_refused_blocks: int
+    num_unsaved_blocks: int
+    def __init__(self, num_stored_blocks: _Optional[int] = ..., num_stored_bytes: _Optional[int] = ..., num_loaded_blocks: _Optional[int] = ..., num_loaded_bytes: _Optional[int] = ..., num_failed_blocks: _Optional[int] = ..., num_refused_blocks: _Optional[int] = ..., num_unsaved_blocks: _Optional[int] = ...) -> None: ...
+
+class LoadDecisions(_message.Message):
+    __slots__ = ("num_loads", "num_recomputes", "num_loaded_tokens", "num_recomputed_tokens", "predicted_load_s", "actual_load_s", "num_swap_preemptions", "num_recompute_preemptions")
+    NUM_LOADS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECOMPUTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    ACTUAL_LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_SWAP_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECOMPUTE_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    num_loads: int
+    num_recomputes: int
+    num_loaded_tokens: int
+    num_recomputed_tokens: int
+    predicted_load_s: float
+    actual_load_s: float
+    num_swap_preemptions: int
+    num_recompute_preemptions: int
+    def __init__(self, num_loads: _Optional[int] = ..., num_recomputes: _Optional[int] = ..., num_loaded_tokens: _Optional[int] = ..., num_recomputed_tokens: _Optional[int] = ..., predicted_load_s: _Optional[float] = ..., actual_load_s: _Optional[float] = ..., num_swap_preemptions: _Optional[int] = ..., num_recompute_preemptions: _Optional[int] = ...) -> None: ...
+
+class FittedCosts(_message.Message):
+    __slots__ = ("step_s", "prefill_token_s", "prefill_context_s", "decode_row_s", "decode_context_s", "load_latency_s", "load_bytes_per_s", "store_latency_s", "store_bytes_per_s")
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_ROW_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STORE_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    STORE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    step_s: float
+    prefill_token_s: float
+    prefill_context_s: float
+    decode_row_s: float
+    decode_context_s: float
+    load_latency_s: float
+    load_bytes_per_s: float
+    store_latency_s: float
+    store_bytes_per_s: float
+    def __init__(self, step_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., prefill_context_s: _Optional[float] = ..., decode_row_s: _Optional[float] = ..., decode_context_s: _Optional[float] = ..., load_latency_s: _Optional[float] = ..., load_bytes_per_s: _Optional[float] = ..., store_latency_s: _Optional[float] = ..., store_bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class QueueLoad(_message.Message):
+    __slots__ = ("priority_class", "tenant", "num_requests", "num_tokens")
+    PRIORITY_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    priority_class: EnginePriority
+    tenant: str
+    num_requests: int
+    num_tokens: int
+    def __init__(self, priority_class: _Optional[_Union[EnginePriority, str]] = ..., tenant: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class EngineFlushCacheRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EngineFlushCacheResponse(_message.Message):
+    __slots__ = ("num_device_blocks", "num_host_blocks")
+    NUM_DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    num_device_blocks: int
+    num_host_blocks: int
+    def __init__(self, num_device_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ...) -> None: ...

@@ -46,6 +46,11 @@ class EngineStub(object):
                 request_serializer=rillgate__proto_dot_v1_dot_engine__pb2.WatchRequest.SerializeToString,
                 response_deserializer=rillgate__proto_dot_v1_dot_engine__pb2.ReplicaEvent.FromString,
                 _registered_method=True)
+        self.FlushCache = channel.unary_unary(
+                '/rillgate.v1.Engine/FlushCache',
+                request_serializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheRequest.SerializeToString,
+                response_deserializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServicer(object):
@@ -70,6 +75,13 @@ class EngineServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FlushCache(self, request, context):
+        """Forgets the cached blocks that no request uses, in both tiers, after the step under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -82,6 +94,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=rillgate__proto_dot_v1_dot_engine__pb2.WatchRequest.FromString,
                     response_serializer=rillgate__proto_dot_v1_dot_engine__pb2.ReplicaEvent.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheRequest.FromString,
+                    response_serializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -140,6 +157,33 @@ class Engine(object):
             '/rillgate.v1.Engine/Watch',
             rillgate__proto_dot_v1_dot_engine__pb2.WatchRequest.SerializeToString,
             rillgate__proto_dot_v1_dot_engine__pb2.ReplicaEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rillgate.v1.Engine/FlushCache',
+            rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheRequest.SerializeToString,
+            rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

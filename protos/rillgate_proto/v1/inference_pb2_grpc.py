@@ -29,7 +29,10 @@ class InferenceStub(object):
     """Generation, tokenising and the list of models, for applications.
 
     Errors are google.rpc.Status with details (`grpc-status-details-bin`): BadRequest names the
-    field, the value and what is allowed; RetryInfo says when a retry can pay.
+    field, the value and what is allowed; RetryInfo says when a retry can pay. A deadline that cannot
+    be met is refused at once: DEADLINE_EXCEEDED where even an idle server could not meet it (its
+    ErrorInfo has `predicted_ms` and `available_ms`), RESOURCE_EXHAUSTED with RetryInfo where the
+    load is why.
     buf:lint:ignore SERVICE_SUFFIX
     """
 
@@ -70,7 +73,10 @@ class InferenceServicer(object):
     """Generation, tokenising and the list of models, for applications.
 
     Errors are google.rpc.Status with details (`grpc-status-details-bin`): BadRequest names the
-    field, the value and what is allowed; RetryInfo says when a retry can pay.
+    field, the value and what is allowed; RetryInfo says when a retry can pay. A deadline that cannot
+    be met is refused at once: DEADLINE_EXCEEDED where even an idle server could not meet it (its
+    ErrorInfo has `predicted_ms` and `available_ms`), RESOURCE_EXHAUSTED with RetryInfo where the
+    load is why.
     buf:lint:ignore SERVICE_SUFFIX
     """
 
@@ -150,7 +156,10 @@ class Inference(object):
     """Generation, tokenising and the list of models, for applications.
 
     Errors are google.rpc.Status with details (`grpc-status-details-bin`): BadRequest names the
-    field, the value and what is allowed; RetryInfo says when a retry can pay.
+    field, the value and what is allowed; RetryInfo says when a retry can pay. A deadline that cannot
+    be met is refused at once: DEADLINE_EXCEEDED where even an idle server could not meet it (its
+    ErrorInfo has `predicted_ms` and `available_ms`), RESOURCE_EXHAUSTED with RetryInfo where the
+    load is why.
     buf:lint:ignore SERVICE_SUFFIX
     """
 

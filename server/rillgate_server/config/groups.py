@@ -4,7 +4,7 @@ Standard library only, so that the pure packages can take a group as an argument
 come from (TOML, environment, flags) is config.settings' business.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rillgate_server.errors import ConfigError
 
@@ -12,6 +12,7 @@ MAX_MODEL_NAME_BYTES = 256
 """Of a model's name, in settings and requests."""
 MAX_SOCKET_PATH_BYTES = 100
 """Of a Unix socket's path."""
+_MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 16, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,13 @@ class GatewayConfig:
     """Wait for the ping's answer, 0.1 to 600 s. Higher: the same."""
     drain_grace_s: float = 30.0
     """Time that running streams have to finish after SIGTERM, 0 to 86400 s."""
+    cluster_secret: str = field(default="", repr=False)
+    """Keys the salts that keep tenants' cached blocks apart: 16 to 1024 bytes, from the file or the
+    environment rather than a flag, which others can read; empty: `rillgate serve` makes one at its
+    start. Several gateways before the same replicas must share one."""
+    shared_prefixes: tuple[str, ...] = ()
+    """Paths of text files, each a system message whose cached blocks all tenants share (in the
+    environment and in flags a JSON list)."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
@@ -111,6 +119,12 @@ class GatewayConfig:
         _check("gateway.keepalive_s", self.keepalive_s, 0.1, 7200)
         _check("gateway.keepalive_timeout_s", self.keepalive_timeout_s, 0.1, 600)
         _check("gateway.drain_grace_s", self.drain_grace_s, 0, 86400)
+        num_bytes = len(self.cluster_secret.encode())
+        if num_bytes and not _MIN_SECRET_BYTES <= num_bytes <= _MAX_SECRET_BYTES:
+            raise ConfigError(
+                f"gateway.cluster_secret has {num_bytes} bytes; allowed: none, or "
+                f"{_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,15 @@ Owns the reading and its errors. The groups, their fields and limits are config.
 setting does is the business of whoever takes the group as an argument.
 """
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -34,6 +35,7 @@ from rillgate_server.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "RILLGATE_"
 _DELIMITER = "__"
+_SECRETS = frozenset({"gateway.cluster_secret"})
 
 
 class Settings(BaseSettings):
@@ -59,6 +61,19 @@ class Settings(BaseSettings):
     log: LogConfig = LogConfig()
     """What is written to stderr."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_lists(cls, group: Any, info: ValidationInfo) -> Any:  # Any: what a source gave
+        """Read the lists that environment and flags give as JSON."""
+        default = cls.model_fields[str(info.field_name)].default
+        if not (isinstance(group, dict) and is_dataclass(default)):
+            return group
+        lists = {it.name for it in fields(default) if isinstance(it.default, tuple)}
+        return {
+            name: _json_list(value) if name in lists and isinstance(value, str) else value
+            for name, value in group.items()
+        }
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -74,7 +89,9 @@ class Settings(BaseSettings):
     def to_environment(self) -> dict[str, str]:
         """Return every setting as environment variables, for a child process to read back."""
         return {
-            f"{ENVIRONMENT_PREFIX}{group}{_DELIMITER}{field}".upper(): str(value)
+            f"{ENVIRONMENT_PREFIX}{group}{_DELIMITER}{field}".upper(): (
+                json.dumps(value) if isinstance(value, tuple) else str(value)
+            )
             for group in type(self).model_fields
             for field, value in asdict(getattr(self, group)).items()
             if value is not None
@@ -118,11 +135,24 @@ def bundled_model_dir() -> Path:
     )
 
 
+def _json_list(text: str) -> object:
+    """Return the list that a text spells, or the text itself, which is then refused by name."""
+    try:
+        value: object = json.loads(text) if text else []
+    except ValueError:
+        return text
+    return value if isinstance(value, list) else text
+
+
 def _message(error: ErrorDetails) -> str:
-    """Say field, value and what is allowed in one line."""
+    """Say field, value and what is allowed in one line; of a secret, not the value."""
     field = ".".join(map(str, error["loc"]))
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{field} is no setting; allowed: {_names_beside(error['loc'])}"
+    if error["type"] == "tuple_type":
+        return f"{field} is {str(error['input'])[:200]!r}; allowed: a JSON list of texts"
+    if field in _SECRETS:
+        return f"{field} cannot be used; allowed: {error['msg']}"
     return f"{field} is {str(error['input'])[:200]!r}; allowed: {error['msg']}"
 
 

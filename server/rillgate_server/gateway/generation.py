@@ -28,6 +28,7 @@ from rillgate_server.core.step import (
 )
 from rillgate_server.core.submission import Submission
 from rillgate_server.errors import (
+    DeadlineUnattainable,
     Draining,
     EngineFailure,
     InvalidRequest,
@@ -80,17 +81,27 @@ class _Choice:
 class Generation:
     """One request under way.
 
-    State: the choices, whether Started was given, the queue's wait and cached tokens once known.
+    State: the choices, whether Started was given, the queue's wait and cached tokens once known,
+    the time that the submission had left.
     """
 
     def __init__(
-        self, prepared: PreparedCall, model_text: ModelText, writer: StreamWriter, clock: Clock
+        self,
+        prepared: PreparedCall,
+        model_text: ModelText,
+        writer: StreamWriter,
+        clock: Clock,
+        arrival_s: float,
     ) -> None:
-        """Replay what the caller has; choices that it already ends are ended."""
+        """Replay what the caller has; choices that it already ends are ended.
+
+        `arrival_s`: when the call came, on `clock`.
+        """
         self._prepared = prepared
         self._writer = writer
         self._clock = clock
-        self._arrival_s = clock.now()
+        self._arrival_s = arrival_s
+        self._time_remaining_s: float | None = None
         self._started: RequestStarted | None = None
         self._held_back: list[tuple[OutputDelta | None, ChoiceEnd]] = []  # until Started
         self._choices = [
@@ -114,9 +125,13 @@ class Generation:
         """Tokens of all choices, given ones included."""
         return sum(choice.num_tokens for choice in self._choices)
 
-    def submission(self) -> Submission:
-        """Return what a replica is to do: the choices that have not ended, at least one."""
+    def submission(self, time_remaining_s: float | None) -> Submission:
+        """Return what a replica is to do: the choices that have not ended, at least one.
+
+        `time_remaining_s`: until this stream ends at its deadline; None: it has none.
+        """
         call = self._prepared.call
+        self._time_remaining_s = time_remaining_s
         return Submission(
             request_id=self._prepared.request_id,
             prompt_token_ids=self._prepared.prompt_token_ids,
@@ -129,6 +144,12 @@ class Generation:
             ),
             stop_token_ids=call.stop_token_ids,
             ignore_eos=call.ignore_eos,
+            cache_salt=self._prepared.account.cache_salt,
+            num_shared_prefix_tokens=self._prepared.num_shared_prefix_tokens,
+            tenant=self._prepared.account.tenant,
+            priority=call.priority,
+            time_remaining_s=time_remaining_s,
+            waited_s=max(0.0, self._clock.now() - self._arrival_s),
         )
 
     # -- events -----------------------------------------------------------------------------------
@@ -155,7 +176,7 @@ class Generation:
                 raise EngineFailure(event.message)
             else:
                 assert isinstance(event, RequestRejected)
-                raise _error_of(event.rejection)
+                raise _error_of(event.rejection, self._time_remaining_s)
         return tuple(ended_here)
 
     def end_at_deadline(self) -> None:
@@ -280,6 +301,7 @@ class Generation:
             prompt_tokens=len(self._prepared.prompt_token_ids),
             completion_tokens=choice.num_tokens,
             cached_tokens=started.num_cached_tokens if started is not None else 0,
+            cached_host_tokens=started.num_cached_host_tokens if started is not None else 0,
             num_preemptions=choice.num_preemptions,
             queue_s=queue_s,
             prefill_s=max(first_s - self._arrival_s - queue_s, 0.0) if first_s is not None else 0.0,
@@ -297,9 +319,11 @@ def _rest(choice: _Choice, delta: TextDelta) -> OutputDelta | None:
     return OutputDelta(choice.index, choice.num_tokens, (), delta.text, delta.reasoning_text)
 
 
-def _error_of(rejection: Rejection) -> RillgateError:
+def _error_of(rejection: Rejection, time_remaining_s: float | None) -> RillgateError:
     """Say to the caller why a replica did not take the request on."""
-    if rejection.reason is RejectReason.OVERLOADED:
+    if rejection.reason is RejectReason.DEADLINE_NEVER:
+        return DeadlineUnattainable(rejection.predicted_ttft_s, time_remaining_s or 0.0)
+    if rejection.reason in (RejectReason.OVERLOADED, RejectReason.DEADLINE_NOW):
         return Overloaded(rejection.message, rejection.retry_after_s)
     if rejection.reason is RejectReason.DRAINING:
         return Draining(rejection.message)

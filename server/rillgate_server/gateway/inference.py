@@ -27,6 +27,7 @@ from rillgate_server.gateway.prompt import (
     unix_time_ms,
 )
 from rillgate_server.gateway.replica_link import ReplicaLink, ReplicaStream
+from rillgate_server.gateway.tenancy import Account, Tenancy
 from rillgate_server.service.call_context import current_call
 from rillgate_server.service.convert_public import (
     check_model,
@@ -52,11 +53,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     """The servicer of Inference. All methods run on the server's loop."""
 
     def __init__(
-        self, model: ServedModel, link: ReplicaLink, open_calls: OpenCalls, clock: Clock
+        self,
+        model: ServedModel,
+        link: ReplicaLink,
+        tenancy: Tenancy,
+        open_calls: OpenCalls,
+        clock: Clock,
     ) -> None:
         """Serve `model` with the replica behind `link`."""
         self._model = model
         self._link = link
+        self._tenancy = tenancy
         self._open_calls = open_calls
         self._clock = clock
 
@@ -83,11 +90,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _serve(self, message: pb.GenerateRequest, context: _Context, write: _Write) -> None:
         """Run one request from its message to its last update."""
         ends_at_s = _end_time(context)
+        arrival_s = self._clock.now()
         with self._open_calls.enter():
-            prepared = await self._prepare(message)
+            prepared = await self._prepare(message, self._tenancy.account(context))
             writer = StreamWriter(write)
-            generation = Generation(prepared, self._model.text, writer, self._clock)
-            stream = None if generation.is_over else self._link.submit(generation.submission())
+            generation = Generation(prepared, self._model.text, writer, self._clock, arrival_s)
+            stream = None if generation.is_over else self._submit(generation, ends_at_s)
             try:
                 await _run(generation, stream, writer, ends_at_s)
             finally:
@@ -95,12 +103,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     stream.close()
                 current_call().log_fields["tokens"] = generation.num_tokens
 
-    async def _prepare(self, message: pb.GenerateRequest) -> PreparedCall:
+    def _submit(self, generation: Generation, ends_at_s: float | None) -> ReplicaStream:
+        """Hand the request to the replica, with the time that is left to answer in."""
+        remaining_s = None
+        if ends_at_s is not None:
+            remaining_s = max(0.0, ends_at_s - asyncio.get_running_loop().time())
+        return self._link.submit(generation.submission(remaining_s))
+
+    async def _prepare(self, message: pb.GenerateRequest, account: Account) -> PreparedCall:
         log = current_call()
         call = to_generate_call(
             message, self._model.spec, self._model.text.generation_defaults, _new_seed
         )
-        prepared = await prepare(call, self._model, log.request_id)
+        prepared = await prepare(call, self._model, log.request_id, account)
         log.log_fields["prompt_tokens"] = len(prepared.prompt_token_ids)
         log.log_fields["choices"] = call.num_choices
         if call.resumption is not None:

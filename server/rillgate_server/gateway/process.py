@@ -11,6 +11,7 @@ nor transformers, directly or through others.
 import asyncio
 import contextlib
 import logging
+import secrets
 import signal
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from rillgate_server.core.welcome import Welcome
 from rillgate_server.gateway.control import ControlService
 from rillgate_server.gateway.inference import InferenceService
 from rillgate_server.gateway.open_calls import OpenCalls
-from rillgate_server.gateway.prompt import ServedModel
+from rillgate_server.gateway.prompt import ServedModel, unix_time_ms
 from rillgate_server.gateway.replica_link import ReplicaLink
+from rillgate_server.gateway.shared_prefixes import SharedPrefixes
+from rillgate_server.gateway.tenancy import Tenancy, TenantOf, default_tenant
 from rillgate_server.gateway.text.model_text import ModelText
 from rillgate_server.service.interceptors import CallBorder
 from rillgate_server.service.log_events import configure_logging
@@ -46,16 +49,22 @@ class Gateway:
     """The public server over one replica; made and used inside one asyncio loop."""
 
     def __init__(
-        self, config: GatewayConfig, model: ServedModel, replica_address: str, clock: Clock
+        self,
+        config: GatewayConfig,
+        model: ServedModel,
+        replica_address: str,
+        clock: Clock,
+        tenant_of: TenantOf = default_tenant,
     ) -> None:
         """Build and bind; raises ConfigError when the port cannot be had."""
         self._config = config
         self._link = ReplicaLink(replica_address, refuse=_Refusal(model.spec))
         self._open_calls = OpenCalls()
         self._server = public_server(config, (CallBorder((INFERENCE, CONTROL)),))
-        inference = InferenceService(model, self._link, self._open_calls, clock)
+        tenancy = Tenancy(config.cluster_secret or secrets.token_hex(), tenant_of)
+        inference = InferenceService(model, self._link, tenancy, self._open_calls, clock)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
-        control = ControlService(self._link, self._open_calls, clock)
+        control = ControlService(model.spec, self._link, self._open_calls, clock)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
         self._health = HealthBoard.add_to(self._server, (INFERENCE, CONTROL, model.spec.name))
         add_introspection(self._server, (INFERENCE, CONTROL))
@@ -125,8 +134,12 @@ class _Refusal:
 def run_gateway(settings: Settings, model_dir: Path) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code. Says READY once it can answer."""
     configure_logging(settings.log.level)
-    spec = read_model_spec(model_dir, settings.model.name or None, needs_tokenizer=True)
-    model = ServedModel(spec, ModelText.load(model_dir))
+    spec = read_model_spec(
+        model_dir, settings.model.name or None, needs_tokenizer=True
+    ).with_context_of(settings.model.max_context_tokens)
+    text = ModelText.load(model_dir)
+    shared = SharedPrefixes.load(settings.gateway.shared_prefixes, text, unix_time_ms())
+    model = ServedModel(spec, text, shared)
     address = f"unix:{Path(settings.replica.socket).resolve()}"
     asyncio.run(_serve(settings.gateway, model, address))
     return 0

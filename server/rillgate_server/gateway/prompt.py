@@ -7,10 +7,12 @@ Does not know replicas or streams.
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rillgate_server.core.model_spec import ModelSpec
 from rillgate_server.errors import ContinuationMismatch, InvalidRequest
+from rillgate_server.gateway.shared_prefixes import SharedPrefixes
+from rillgate_server.gateway.tenancy import Account
 from rillgate_server.gateway.text.chat_template import ChatTurn
 from rillgate_server.gateway.text.model_text import ModelText
 from rillgate_server.gateway.text.prompt_digest import prompt_digest
@@ -45,6 +47,7 @@ class ServedModel:
 
     spec: ModelSpec
     text: ModelText
+    shared_prefixes: SharedPrefixes = field(default_factory=SharedPrefixes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,9 @@ class PreparedCall:
     template_time_ms: int
     end_token_ids: frozenset[int]
     """Ids that end a choice: the caller's, and the model's own unless they are ignored."""
+    account: Account
+    num_shared_prefix_tokens: int = 0
+    """The prompt's first tokens that the operator declared shared."""
 
     def given(self, choice_index: int) -> GivenChoice:
         """Return what the caller already has of a choice."""
@@ -68,7 +74,9 @@ class PreparedCall:
         return next(found, GivenChoice(choice_index))
 
 
-async def prepare(call: GenerateCall, model: ServedModel, request_id: str) -> PreparedCall:
+async def prepare(
+    call: GenerateCall, model: ServedModel, request_id: str, account: Account
+) -> PreparedCall:
     """Encode the prompt and fit the call to the model; raises what the caller may see."""
     resumption = call.resumption
     template_time_ms = resumption.template_time_ms if resumption is not None else unix_time_ms()
@@ -90,6 +98,8 @@ async def prepare(call: GenerateCall, model: ServedModel, request_id: str) -> Pr
         prompt_digest=digest,
         template_time_ms=template_time_ms,
         end_token_ids=frozenset((*call.stop_token_ids, *own_ends)),
+        account=account,
+        num_shared_prefix_tokens=model.shared_prefixes.num_shared_tokens(token_ids),
     )
 
 

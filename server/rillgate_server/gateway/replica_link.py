@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
-from rillgate_server.core.load import EngineLoad
+from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.pending_output import PendingOutput, StepEntry, entries_of
 from rillgate_server.core.request import RequestRejected
 from rillgate_server.core.step import (
@@ -31,15 +31,21 @@ from rillgate_server.errors import NoReplica
 from rillgate_server.service.convert_engine import (
     MAX_MESSAGE_BYTES,
     abort_command,
-    load_from_wire,
     rejected_from_wire,
     step_output_from_wire,
     submit_command,
+)
+from rillgate_server.service.convert_replica import (
+    flushed_from_wire,
+    load_from_wire,
     welcome_from_wire,
 )
 
 if TYPE_CHECKING:  # only the stubs know the type parameters
     _WatchCall = grpc.aio.UnaryStreamCall[engine_pb2.WatchRequest, engine_pb2.ReplicaEvent]
+    _FlushCall = grpc.aio.UnaryUnaryCall[
+        engine_pb2.EngineFlushCacheRequest, engine_pb2.EngineFlushCacheResponse
+    ]
     _RunCall = grpc.aio.StreamStreamCall[engine_pb2.EngineCommand, engine_pb2.EngineEvent]
 
 _log = logging.getLogger(__name__)
@@ -142,8 +148,8 @@ class ReplicaStream:
 class ReplicaLink:
     """The link to the replica at one address.
 
-    State: `_streams` (open ones by key), the current Run's commands (None when not connected),
-    `welcome` and `load` as last received.
+    State: `_streams` (open ones by key), the current connection's stub and Run's commands (None
+    when not connected), `welcome` and `load` as last received.
     """
 
     def __init__(
@@ -158,6 +164,7 @@ class ReplicaLink:
         self._keys = itertools.count(1)
         self._streams: dict[int, ReplicaStream] = {}  # request_key -> open stream
         self._commands: asyncio.Queue[engine_pb2.EngineCommand] | None = None
+        self._stub: engine_pb2_grpc.EngineStub | None = None
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._why_not = "not connected yet"
@@ -208,6 +215,22 @@ class ReplicaLink:
         stream = self._streams[key] = ReplicaStream(self, key, submission)
         return stream
 
+    async def flush_cache(self) -> FlushedBlocks:
+        """Let the replica forget the cached blocks that no request uses; raises NoReplica."""
+        if self._stub is None:
+            raise NoReplica("no replica is connected now")
+        call: _FlushCall = self._stub.FlushCache(engine_pb2.EngineFlushCacheRequest())
+        try:
+            return flushed_from_wire(await call)
+        except grpc.aio.AioRpcError as error:
+            raise NoReplica("the replica was lost before its answer") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not this task but the call was cancelled: its connection was closed.
+            raise NoReplica("the replica was lost before its answer") from error
+
     def _abort(self, stream: ReplicaStream, choice_indices: tuple[int, ...]) -> None:
         """Tell the replica, unless the stream is over or its connection broken."""
         if stream.is_finished and self._streams.pop(stream.request_key, None) is None:
@@ -240,6 +263,7 @@ class ReplicaLink:
 
     def _disconnect(self) -> None:
         self._commands = None
+        self._stub = None
         self._ready.clear()
         self.load = None
         streams, self._streams = self._streams, {}
@@ -263,6 +287,7 @@ class ReplicaLink:
             try:
                 await run.wait_for_connection()
                 self._commands = commands
+                self._stub = stub
                 self._ready.set()
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:

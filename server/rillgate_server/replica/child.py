@@ -38,8 +38,8 @@ class ChildSpec:
     name: str
     """For messages."""
     command: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Beside the supervisor's own."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Beside the supervisor's own; may hold secrets."""
     stop_grace_s: float = 30.0
     """From SIGTERM to SIGKILL."""
 

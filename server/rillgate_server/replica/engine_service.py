@@ -12,13 +12,14 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
 from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
 from rillgate_server.core.clock import Clock
-from rillgate_server.core.load import EngineLoad
+from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.pending_output import entries_of
 from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
 from rillgate_server.core.step import StepOutput
@@ -26,15 +27,17 @@ from rillgate_server.core.welcome import Welcome
 from rillgate_server.replica.intake import to_request
 from rillgate_server.replica.run_stream import MAX_BUFFERED_TOKENS, OpenRequest, RunStream
 from rillgate_server.service.convert_engine import (
-    load_event,
     rejected_event,
     step_output_event,
     submission_from_wire,
-    welcome_event,
 )
+from rillgate_server.service.convert_replica import flushed_to_wire, load_event, welcome_event
 
 if TYPE_CHECKING:  # only the stubs know the type parameters
     _RunContext = grpc.aio.ServicerContext[engine_pb2.EngineCommand, engine_pb2.EngineEvent]
+    _FlushContext = grpc.aio.ServicerContext[
+        engine_pb2.EngineFlushCacheRequest, engine_pb2.EngineFlushCacheResponse
+    ]
     _WatchContext = grpc.aio.ServicerContext[engine_pb2.WatchRequest, engine_pb2.ReplicaEvent]
 
 _log = logging.getLogger(__name__)
@@ -54,6 +57,10 @@ class EngineHandle(Protocol):
 
     def abort(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
         """End a request, or some of its choices, with the step under way."""
+        ...
+
+    def flush_cache(self) -> Future[FlushedBlocks]:
+        """Forget the cached blocks that no request uses; cancelled when the engine has ended."""
         ...
 
     def drain(self) -> None:
@@ -246,6 +253,21 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     def _running_engine(self) -> EngineHandle:
         assert self._engine is not None, "attach() comes first"
         return self._engine
+
+    # -- the cache ----------------------------------------------------------------------------
+
+    async def FlushCache(
+        self, request: engine_pb2.EngineFlushCacheRequest, context: "_FlushContext"
+    ) -> engine_pb2.EngineFlushCacheResponse:
+        """Forget the cached blocks that no request uses, and say how many they were."""
+        flushed = self._running_engine.flush_cache()
+        try:
+            # Shielded: a caller that goes away must not cancel what the engine's thread completes.
+            return flushed_to_wire(await asyncio.shield(asyncio.wrap_future(flushed)))
+        except asyncio.CancelledError:
+            if not flushed.cancelled():
+                raise
+        return await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine has stopped")
 
     # -- Watch and the end --------------------------------------------------------------------
 

@@ -21,9 +21,10 @@ MAX_STOP_TOKEN_IDS = 1024
 
 
 def to_request(
-    submission: Submission, request_id: int, eos_token_ids: tuple[int, ...], arrival_s: float
+    submission: Submission, request_id: int, eos_token_ids: tuple[int, ...], now_s: float
 ) -> Request | Rejection:
-    """Check and resolve `submission`; never raises."""
+    """Check and resolve `submission`, which came at `now_s`; never raises."""
+    remaining_s = submission.time_remaining_s
     try:
         _check_sizes(submission)
         _check_choices(submission)
@@ -43,7 +44,11 @@ def to_request(
         max_tokens=submission.max_tokens,
         stop_token_ids=stop_token_ids,
         cache_salt=submission.cache_salt,
-        arrival_s=arrival_s,
+        num_shared_prefix_tokens=submission.num_shared_prefix_tokens,
+        tenant=submission.tenant,
+        priority=submission.priority,
+        arrival_s=now_s - submission.waited_s,
+        deadline_s=None if remaining_s is None else now_s + remaining_s,
     )
 
 

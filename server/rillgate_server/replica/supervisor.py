@@ -12,6 +12,7 @@ fork alone: after gRPC or torch have threads that is not safe) and die with it, 
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -174,6 +175,11 @@ def run_supervisor(settings: Settings, model_dir: Path) -> int:
             update={
                 "model": replace(settings.model, path=str(model_dir.resolve())),
                 "replica": replace(settings.replica, socket=str(socket)),
+                # Made here, so that a gateway that is started again keeps it.
+                "gateway": replace(
+                    settings.gateway,
+                    cluster_secret=settings.gateway.cluster_secret or secrets.token_hex(),
+                ),
             }
         )
         return asyncio.run(_supervise(resolved))
@@ -210,7 +216,7 @@ def _children(settings: Settings) -> tuple[ChildSpec, ...]:
         ChildSpec(
             "replica",
             (*command, "replica"),
-            environment,
+            {**environment, "RILLGATE_GATEWAY__CLUSTER_SECRET": ""},  # gets salts, never the secret
             settings.replica.drain_grace_s + _STOP_MARGIN_S,
         ),
         ChildSpec(

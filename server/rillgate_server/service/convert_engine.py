@@ -1,21 +1,22 @@
-"""Core's plain types to and from the messages of engine.proto, both ways, for both sides.
+"""A Run stream's messages of engine.proto to and from core's plain types, for both sides.
 
-Owns that mapping alone: it checks nothing (the replica's intake does) and knows no stream. On the
-wire a request is named by its `request_key`; the same number stands in `request_id` of core's
-events, and who holds the stream translates.
+Owns that mapping alone: it checks nothing (the replica's intake does) and knows no stream; what a
+replica says of itself is convert_replica's. On the wire a request is named by its `request_key`;
+the same number stands in `request_id` of core's events, and who holds the stream translates.
 """
 
 from collections.abc import Iterable, Sequence
 
 from rillgate_proto.v1 import engine_pb2
-from rillgate_server.core.load import EngineLoad, TierLoad
 from rillgate_server.core.request import (
     NO_SALT,
     ChoiceStart,
     FinishReason,
+    PriorityClass,
     Rejection,
     RejectReason,
     RequestRejected,
+    Tenant,
 )
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import (
@@ -28,7 +29,6 @@ from rillgate_server.core.step import (
     TokenLogprobs,
 )
 from rillgate_server.core.submission import Submission
-from rillgate_server.core.welcome import Welcome
 
 MAX_MESSAGE_BYTES = 64 << 20
 """Of an engine message, either way (contracts, section 2)."""
@@ -43,9 +43,25 @@ _REJECT_TO_WIRE = {
     RejectReason.INVALID: engine_pb2.REJECT_REASON_INVALID,
     RejectReason.TOO_LONG: engine_pb2.REJECT_REASON_TOO_LONG,
     RejectReason.OVERLOADED: engine_pb2.REJECT_REASON_OVERLOADED,
+    RejectReason.DEADLINE_NEVER: engine_pb2.REJECT_REASON_DEADLINE_NEVER,
+    RejectReason.DEADLINE_NOW: engine_pb2.REJECT_REASON_DEADLINE_NOW,
     RejectReason.DRAINING: engine_pb2.REJECT_REASON_DRAINING,
 }
 _REJECT_FROM_WIRE = {wire: reason for reason, wire in _REJECT_TO_WIRE.items()}
+
+PRIORITY_TO_WIRE = {
+    PriorityClass.HIGH: engine_pb2.ENGINE_PRIORITY_HIGH,
+    PriorityClass.NORMAL: engine_pb2.ENGINE_PRIORITY_NORMAL,
+    PriorityClass.LOW: engine_pb2.ENGINE_PRIORITY_LOW,
+}
+_PRIORITY_FROM_WIRE: dict[int, PriorityClass] = {
+    wire: priority for priority, wire in PRIORITY_TO_WIRE.items()
+}
+
+
+def priority_from_wire(priority: int) -> PriorityClass:
+    """Read a priority class; one that this version does not know is normal, as an unset one is."""
+    return _PRIORITY_FROM_WIRE.get(int(priority), PriorityClass.NORMAL)
 
 
 # -- commands -------------------------------------------------------------------------------------
@@ -73,8 +89,19 @@ def submit_command(request_key: int, submission: Submission) -> engine_pb2.Engin
             ignore_eos=submission.ignore_eos,
             num_logprobs=sampling.num_logprobs,
             num_prompt_logprobs=sampling.num_prompt_logprobs,
+            tenant=submission.tenant.name,
+            tenant_weight=submission.tenant.weight,
+            priority_class=PRIORITY_TO_WIRE[submission.priority],
+            shared_prefix_tokens=submission.num_shared_prefix_tokens,
+            time_remaining_ms=_time_remaining_ms(submission.time_remaining_s),
+            waited_ms=round(submission.waited_s * 1e3),
         )
     )
+
+
+def _time_remaining_ms(time_remaining_s: float | None) -> int:
+    """Return whole milliseconds; at least 1, since 0 means that there is no deadline."""
+    return 0 if time_remaining_s is None else max(1, round(time_remaining_s * 1e3))
 
 
 def abort_command(request_key: int, choice_indices: Iterable[int] = ()) -> engine_pb2.EngineCommand:
@@ -98,6 +125,11 @@ def submission_from_wire(submit: engine_pb2.Submit) -> Submission:
         stop_token_ids=tuple(submit.stop_token_ids),
         ignore_eos=submit.ignore_eos,
         cache_salt=submit.cache_salt or NO_SALT,
+        num_shared_prefix_tokens=submit.shared_prefix_tokens,
+        tenant=Tenant(submit.tenant, submit.tenant_weight or 1.0),
+        priority=priority_from_wire(submit.priority_class),
+        time_remaining_s=submit.time_remaining_ms / 1e3 if submit.time_remaining_ms else None,
+        waited_s=submit.waited_ms / 1e3,
     )
 
 
@@ -154,7 +186,10 @@ def step_output_event(output: StepOutput) -> engine_pb2.EngineEvent:
                 engine_pb2.RequestStarted(
                     request_key=started.request_id,
                     queue_ms=started.queue_s * 1e3,
-                    cached_device_tokens=started.num_cached_tokens,
+                    cached_device_tokens=(
+                        started.num_cached_tokens - started.num_cached_host_tokens
+                    ),
+                    cached_host_tokens=started.num_cached_host_tokens,
                 )
                 for started in output.started
             ],
@@ -188,6 +223,7 @@ def rejected_event(rejected: RequestRejected) -> engine_pb2.EngineEvent:
             limit=rejection.limit,
             retry_after_ms=round(rejection.retry_after_s * 1e3),
             message=rejection.message,
+            predicted_ttft_ms=round(rejection.predicted_ttft_s * 1e3),
         )
     )
 
@@ -205,7 +241,12 @@ def step_output_from_wire(message: engine_pb2.StepOutput) -> StepOutput:
     return StepOutput(
         step_id=message.step_id,
         started=tuple(
-            RequestStarted(item.request_key, item.queue_ms / 1e3, item.cached_device_tokens)
+            RequestStarted(
+                item.request_key,
+                item.queue_ms / 1e3,
+                item.cached_device_tokens + item.cached_host_tokens,
+                item.cached_host_tokens,
+            )
             for item in message.started
         ),
         tokens=_tokens_from_wire(message, logprobs_by_entry),
@@ -235,6 +276,7 @@ def rejected_from_wire(message: engine_pb2.Rejected) -> RequestRejected:
             free=message.free,
             limit=message.limit,
             retry_after_s=message.retry_after_ms / 1e3,
+            predicted_ttft_s=message.predicted_ttft_ms / 1e3,
         ),
     )
 
@@ -294,100 +336,3 @@ def _tokens_from_wire(
             ChoiceTokens(key, choice_index, token_offset, token_ids[start:end], logprobs)
         )
     return tuple(entries)
-
-
-# -- what a replica is and does -------------------------------------------------------------------
-
-
-def welcome_event(welcome: Welcome) -> engine_pb2.ReplicaEvent:
-    """Build a replica's first event."""
-    return engine_pb2.ReplicaEvent(
-        welcome=engine_pb2.Welcome(
-            protocol_version=welcome.protocol_version,
-            replica_id=welcome.replica_id,
-            incarnation=welcome.incarnation,
-            model=welcome.model,
-            model_version_digest=welcome.model_version_digest,
-            tokenizer_digest=welcome.tokenizer_digest,
-            vocab_size=welcome.vocab_size,
-            max_context_tokens=welcome.max_context_tokens,
-            block_size_tokens=welcome.block_size_tokens,
-            hash_scheme=welcome.hash_scheme,
-            kv_dtype=welcome.kv_dtype,
-            tensor_parallel_size=welcome.tensor_parallel_size,
-            max_running=welcome.max_running,
-        )
-    )
-
-
-def welcome_from_wire(message: engine_pb2.Welcome) -> Welcome:
-    """Read a replica's first event."""
-    return Welcome(
-        replica_id=message.replica_id,
-        incarnation=message.incarnation,
-        model=message.model,
-        model_version_digest=message.model_version_digest,
-        tokenizer_digest=message.tokenizer_digest,
-        vocab_size=message.vocab_size,
-        max_context_tokens=message.max_context_tokens,
-        block_size_tokens=message.block_size_tokens,
-        hash_scheme=message.hash_scheme,
-        kv_dtype=message.kv_dtype,
-        max_running=message.max_running,
-        tensor_parallel_size=message.tensor_parallel_size,
-        protocol_version=message.protocol_version,
-    )
-
-
-def load_event(load: EngineLoad) -> engine_pb2.ReplicaEvent:
-    """Build the event that repeats a replica's load."""
-    return engine_pb2.ReplicaEvent(
-        load=engine_pb2.Load(
-            step_id=load.step_id,
-            step_age_ms=load.step_age_s * 1e3,
-            state=(
-                engine_pb2.ENGINE_STATE_DRAINING
-                if load.is_draining
-                else engine_pb2.ENGINE_STATE_READY
-            ),
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            num_running_tokens=load.num_running_tokens,
-            num_waiting_tokens=load.num_waiting_tokens,
-            device=engine_pb2.TierLoad(
-                num_blocks=load.device.num_blocks,
-                num_blocks_free=load.device.num_blocks_free,
-                num_blocks_used=load.device.num_blocks_used,
-                num_blocks_cached=load.device.num_blocks_cached,
-            ),
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            decode_step_ms=load.decode_step_s * 1e3,
-            num_preemptions=load.num_preemptions,
-            num_cached_tokens=load.num_cached_tokens,
-            num_prompt_tokens=load.num_prompt_tokens,
-        )
-    )
-
-
-def load_from_wire(message: engine_pb2.Load) -> EngineLoad:
-    """Read a replica's load."""
-    return EngineLoad(
-        step_id=message.step_id,
-        step_age_s=message.step_age_ms / 1e3,
-        is_draining=message.state == engine_pb2.ENGINE_STATE_DRAINING,
-        num_running=message.num_running,
-        num_waiting=message.num_waiting,
-        num_running_tokens=message.num_running_tokens,
-        num_waiting_tokens=message.num_waiting_tokens,
-        device=TierLoad(
-            num_blocks=message.device.num_blocks,
-            num_blocks_free=message.device.num_blocks_free,
-            num_blocks_used=message.device.num_blocks_used,
-            num_blocks_cached=message.device.num_blocks_cached,
-        ),
-        prefill_tokens_per_s=message.prefill_tokens_per_s,
-        decode_step_s=message.decode_step_ms / 1e3,
-        num_preemptions=message.num_preemptions,
-        num_cached_tokens=message.num_cached_tokens,
-        num_prompt_tokens=message.num_prompt_tokens,
-    )

@@ -11,6 +11,7 @@ from typing import Protocol
 from rillgate_proto.v1 import inference_pb2 as pb
 from rillgate_server.config.groups import MAX_MODEL_NAME_BYTES
 from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.request import PriorityClass
 from rillgate_server.core.sampling_params import MAX_CHOICES, SamplingParams
 from rillgate_server.core.step import TokenLogprobs
 from rillgate_server.errors import (
@@ -51,6 +52,13 @@ _END_TO_WIRE = {
 _END_FROM_WIRE: dict[int, EndReason | None] = {
     pb.FINISH_REASON_UNSPECIFIED: None,
     **{wire: reason for reason, wire in _END_TO_WIRE.items()},
+}
+
+_PRIORITY_FROM_WIRE: dict[int, PriorityClass] = {
+    pb.PRIORITY_UNSPECIFIED: PriorityClass.NORMAL,
+    pb.PRIORITY_HIGH: PriorityClass.HIGH,
+    pb.PRIORITY_NORMAL: PriorityClass.NORMAL,
+    pb.PRIORITY_LOW: PriorityClass.LOW,
 }
 
 
@@ -108,6 +116,7 @@ def to_generate_call(
         stop_token_ids=tuple(message.stopping.stop_token_ids),
         ignore_eos=message.stopping.ignore_eos,
         resumption=_resumption(message, num_choices, spec),
+        priority=_priority(message),
     )
     call.sampling.validate(spec.vocab_size)
     return call
@@ -174,6 +183,12 @@ def _sampling(
 def _decimal(value: float) -> float:
     """Return the number that the caller wrote: 0.7 arrives as the float32 0.699999988079071."""
     return float(f"{value:.7g}")
+
+
+def _priority(message: pb.GenerateRequest) -> PriorityClass:
+    if message.priority not in _PRIORITY_FROM_WIRE:
+        raise InvalidRequest.of("priority", message.priority, "a value of Priority")
+    return _PRIORITY_FROM_WIRE[message.priority]
 
 
 def _seed(message: pb.GenerateRequest, new_seed: Callable[[], int]) -> int:
@@ -354,6 +369,7 @@ def _usage(usage: Usage) -> pb.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        cached_host_tokens=usage.cached_host_tokens,
         num_preemptions=usage.num_preemptions,
         queue_ms=usage.queue_s * 1000,
         prefill_ms=usage.prefill_s * 1000,

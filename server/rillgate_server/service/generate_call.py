@@ -6,6 +6,7 @@ Checked and resolved by convert_public, worked on by the gateway. Does not know 
 from dataclasses import dataclass
 from enum import Enum
 
+from rillgate_server.core.request import PriorityClass
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import TokenLogprobs
 
@@ -82,6 +83,7 @@ class GenerateCall:
     """Beside the model's own."""
     ignore_eos: bool = False
     resumption: Resumption | None = None
+    priority: PriorityClass = PriorityClass.NORMAL
 
 
 # -- what goes out --------------------------------------------------------------------------------
@@ -121,6 +123,8 @@ class Usage:
     completion_tokens: int
     """From the original start."""
     cached_tokens: int = 0
+    cached_host_tokens: int = 0
+    """Those of cached_tokens that came from the host tier."""
     num_preemptions: int = 0
     queue_s: float = 0.0
     prefill_s: float = 0.0

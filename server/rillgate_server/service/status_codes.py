@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from rillgate_server.errors import (
     ContinuationMismatch,
     DeadlineExceeded,
+    DeadlineUnattainable,
     Draining,
     InvalidRequest,
     ModelNotFound,
@@ -115,6 +116,15 @@ def _deadline(error: DeadlineExceeded) -> _Details:
     return (error_details_pb2.ErrorInfo(reason="DEADLINE_EXCEEDED", domain=DOMAIN),)
 
 
+def _unattainable(error: DeadlineUnattainable) -> _Details:
+    metadata = {
+        "predicted_ms": str(round(error.predicted_s * 1000)),
+        "available_ms": str(round(error.available_s * 1000)),
+    }
+    reason = "DEADLINE_UNATTAINABLE"
+    return (error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata),)
+
+
 def _resource(resource_type: str, name: str, message: str) -> error_details_pb2.ResourceInfo:
     return error_details_pb2.ResourceInfo(
         resource_type=resource_type,
@@ -159,6 +169,7 @@ _TABLE: dict[type[RillgateError], _Row] = dict(
         _row(ContinuationMismatch, grpc.StatusCode.FAILED_PRECONDITION, _precondition),
         _row(Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED, _retry),
         _row(DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, _deadline),
+        _row(DeadlineUnattainable, grpc.StatusCode.DEADLINE_EXCEEDED, _unattainable),
         _row(Draining, grpc.StatusCode.UNAVAILABLE, _retry),
         _row(NoReplica, grpc.StatusCode.UNAVAILABLE, _retry),
     )
