@@ -16,8 +16,10 @@ from rillgate.types import (
     FinishReason,
     GenerateOptions,
     Messages,
+    Priority,
     Prompt,
 )
+from rillgate_proto.v1 import control_pb2
 from rillgate_proto.v1 import inference_pb2 as pb
 
 _SAMPLING = (
@@ -42,6 +44,12 @@ _REASONS = {
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
 }
 
+_PRIORITIES = {
+    Priority.HIGH: pb.PRIORITY_HIGH,
+    Priority.NORMAL: pb.PRIORITY_NORMAL,
+    Priority.LOW: pb.PRIORITY_LOW,
+}
+
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
     """Build the request; raise TypeError for an option that does not exist."""
@@ -61,6 +69,10 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReq
                 with _field(f"{group}.{name}"):
                     setattr(message, name, value)
     _set_lists(request, options)
+    priority = options.get("priority")
+    if priority is not None:
+        with _field("priority"):
+            request.priority = _PRIORITIES[Priority(priority)]
     continuation = options.get("continuation")
     if continuation is not None:
         _set_continuation(request.continuation, continuation)
@@ -98,6 +110,14 @@ def detokenize_request(
         request.model = model
     with _field("token_ids"):
         request.token_ids.extend(token_ids)
+    return request
+
+
+def flush_cache_request(model: str) -> control_pb2.FlushCacheRequest:
+    """Build the request."""
+    request = control_pb2.FlushCacheRequest()
+    with _field("model"):
+        request.model = model
     return request
 
 

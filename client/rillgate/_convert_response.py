@@ -1,12 +1,12 @@
-"""From the protocol's answers to the client's plain values.
+"""From the answers of Inference to the client's plain values.
 
-Owns the translation of each message. Knows nothing of what a stream adds up to: `_accumulate`.
+Owns the translation of each message. Knows nothing of what a stream adds up to: `_accumulate`; the
+answers of Control are `_convert_status`'s.
 """
 
 from collections.abc import Iterable
 
 from rillgate.errors import ProtocolError
-from rillgate.status_types import ReplicaState, ReplicaStatus, ServerStatus, TierStatus
 from rillgate.types import (
     Choice,
     FinishReason,
@@ -17,17 +17,13 @@ from rillgate.types import (
     TokenLogprobs,
     Usage,
 )
-from rillgate_proto.v1 import control_pb2, inference_pb2
+from rillgate_proto.v1 import inference_pb2
 
 _REASONS = {
     int(inference_pb2.FINISH_REASON_STOP): FinishReason.STOP,
     int(inference_pb2.FINISH_REASON_LENGTH): FinishReason.LENGTH,
     int(inference_pb2.FINISH_REASON_STOP_STRING): FinishReason.STOP_STRING,
     int(inference_pb2.FINISH_REASON_DEADLINE): FinishReason.DEADLINE,
-}
-_STATES = {
-    int(control_pb2.REPLICA_STATE_READY): ReplicaState.READY,
-    int(control_pb2.REPLICA_STATE_DRAINING): ReplicaState.DRAINING,
 }
 
 
@@ -61,6 +57,7 @@ def to_usage(message: inference_pb2.Usage) -> Usage:
         prefill_ms=message.prefill_ms,
         decode_ms=message.decode_ms,
         tokens_per_second=message.tokens_per_second,
+        cached_host_tokens=message.cached_host_tokens,
     )
 
 
@@ -117,42 +114,4 @@ def to_models(message: inference_pb2.ListModelsResponse) -> tuple[ModelInfo, ...
             has_chat_template=model.has_chat_template,
         )
         for model in message.models
-    )
-
-
-def to_status(message: control_pb2.GetStatusResponse) -> ServerStatus:
-    """Translate."""
-    return ServerStatus(
-        server_version=message.server_version,
-        uptime_s=message.uptime_s,
-        num_open_requests=message.num_open_requests,
-        replicas=tuple(map(_to_replica, message.replicas)),
-    )
-
-
-def _to_replica(message: control_pb2.ReplicaStatus) -> ReplicaStatus:
-    return ReplicaStatus(
-        replica_id=message.replica_id,
-        incarnation=message.incarnation,
-        model=message.model,
-        model_version=message.model_version,
-        state=_STATES.get(int(message.state), ReplicaState.NOT_CONNECTED),
-        num_running=message.num_running,
-        num_waiting=message.num_waiting,
-        num_running_tokens=message.num_running_tokens,
-        num_waiting_tokens=message.num_waiting_tokens,
-        step_id=message.step_id,
-        step_age_ms=message.step_age_ms,
-        prefill_tokens_per_s=message.prefill_tokens_per_s,
-        decode_step_ms=message.decode_step_ms,
-        device=TierStatus(
-            num_blocks=message.device.num_blocks,
-            num_blocks_free=message.device.num_blocks_free,
-            num_blocks_used=message.device.num_blocks_used,
-            num_blocks_cached=message.device.num_blocks_cached,
-        ),
-        block_size_tokens=message.block_size_tokens,
-        num_preemptions=message.num_preemptions,
-        num_cached_tokens=message.num_cached_tokens,
-        num_prompt_tokens=message.num_prompt_tokens,
     )

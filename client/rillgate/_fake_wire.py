@@ -14,6 +14,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from rillgate._methods import (
     COMPLETE,
     DETOKENIZE,
+    FLUSH_CACHE,
     GENERATE,
     GET_STATUS,
     LIST_MODELS,
@@ -48,6 +49,9 @@ class Answers(Protocol):
     def status(self) -> control_pb2.GetStatusResponse:
         """Tell what is open."""
 
+    def flush_cache(self) -> control_pb2.FlushCacheResponse:
+        """Forget what is cached."""
+
 
 def handlers(answers: Answers) -> list[grpc.GenericRpcHandler]:
     """Make the handlers of every method."""
@@ -60,7 +64,10 @@ def handlers(answers: Answers) -> list[grpc.GenericRpcHandler]:
         "Detokenize": _unary(DETOKENIZE, lambda message, _: _detokenize(message)),
         "ListModels": _unary(LIST_MODELS, lambda _, __: _models()),
     }
-    control: _Handlers = {"GetStatus": _unary(GET_STATUS, lambda _, __: answers.status())}
+    control: _Handlers = {
+        "GetStatus": _unary(GET_STATUS, lambda _, __: answers.status()),
+        "FlushCache": _unary(FLUSH_CACHE, lambda _, __: answers.flush_cache()),
+    }
     health: _Handlers = {
         "Watch": grpc.unary_stream_rpc_method_handler(
             lambda _, context: answers.health(context),
@@ -139,6 +146,37 @@ def _models() -> pb.ListModelsResponse:
         has_chat_template=True,
     )
     return pb.ListModelsResponse(models=[model])
+
+
+def status_response(
+    num_open: int, num_cached_blocks: int, num_prompt_tokens: int
+) -> control_pb2.GetStatusResponse:
+    """Describe one replica with a block per open generation."""
+    device = control_pb2.TierStatus(
+        num_blocks=100,
+        num_blocks_free=100 - num_cached_blocks - num_open,
+        num_blocks_used=num_open,
+        num_blocks_cached=num_cached_blocks,
+    )
+    host = control_pb2.TierStatus(
+        num_blocks=200,
+        num_blocks_free=200 - num_cached_blocks,
+        num_blocks_cached=num_cached_blocks,
+    )
+    replica = control_pb2.ReplicaStatus(
+        replica_id="replica-0",
+        model=MODEL,
+        model_version=MODEL_VERSION,
+        state=control_pb2.REPLICA_STATE_READY,
+        num_running=num_open,
+        device=device,
+        host=host,
+        block_size_tokens=16,
+        num_prompt_tokens=num_prompt_tokens,
+    )
+    return control_pb2.GetStatusResponse(
+        server_version="fake", num_open_requests=num_open, replicas=[replica]
+    )
 
 
 # -- google.rpc.Status, written; _status_details reads it -----------------------------------------

@@ -56,6 +56,11 @@ LIST_MODELS = Method(
     inference_pb2.ListModelsRequest,
     inference_pb2.ListModelsResponse,
 )
+FLUSH_CACHE = Method(
+    "/rillgate.v1.Control/FlushCache",
+    control_pb2.FlushCacheRequest,
+    control_pb2.FlushCacheResponse,
+)
 GET_STATUS = Method(
     "/rillgate.v1.Control/GetStatus",
     control_pb2.GetStatusRequest,

@@ -88,7 +88,7 @@ class RetryableError(RillgateError):
 
 
 class OverloadedError(RetryableError):
-    """The server has too much to do and did not queue the request."""
+    """The server has too much to do, for the deadline or at all, and did not queue the request."""
 
     code = "RESOURCE_EXHAUSTED"
 
@@ -100,7 +100,9 @@ class UnavailableError(RetryableError):
 
 
 class DeadlineExceededError(RillgateError):
-    """The deadline passed, or cannot be met, before there was an answer."""
+    """The deadline passed, or not even an idle server could meet it: then the message has both the
+    predicted and the available time, and the request was refused at once.
+    """
 
     code = "DEADLINE_EXCEEDED"
 

@@ -6,6 +6,8 @@ Owns the shapes and the sums over replicas. Knows nothing of the wire.
 from dataclasses import dataclass
 from enum import Enum
 
+from rillgate.types import Priority
+
 
 class ReplicaState(Enum):
     """What a replica is doing."""
@@ -18,7 +20,7 @@ class ReplicaState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TierStatus:
-    """Blocks of one tier of the key/value cache."""
+    """Blocks of one tier of the key/value cache now, and counts since the replica's start."""
 
     num_blocks: int
     num_blocks_free: int
@@ -26,6 +28,93 @@ class TierStatus:
     """Referenced by a request."""
     num_blocks_cached: int
     """Kept for a later prefix hit, given up when memory is short; not counted as used."""
+    num_blocks_copying: int = 0
+    """In flight: held by a copy between the tiers alone."""
+    num_hit_tokens: int = 0
+    """Prompt and replayed tokens that were found here and used."""
+    num_evicted_blocks: int = 0
+    """Cached blocks given up for room."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyStatus:
+    """Copies between the tiers, since the replica's start."""
+
+    num_stored_blocks: int = 0
+    """Device to host."""
+    num_stored_bytes: int = 0
+    num_loaded_blocks: int = 0
+    """Host to device."""
+    num_loaded_bytes: int = 0
+    num_failed_blocks: int = 0
+    """Whose copy failed, either way; they were computed again."""
+    num_refused_blocks: int = 0
+    """Whose checksum did not match (audit mode); they were computed again."""
+    num_unsaved_blocks: int = 0
+    """Evicted from the device tier before the host tier had them."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionStatus:
+    """What was decided about hits in the host tier and about preemption, since the start."""
+
+    num_loads: int = 0
+    """Requests that loaded blocks from the host tier."""
+    num_recomputes: int = 0
+    """Requests that computed blocks which the host tier held."""
+    num_loaded_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    predicted_load_s: float = 0.0
+    """Summed over finished loads."""
+    actual_load_s: float = 0.0
+    """Summed over the same."""
+    num_swap_preemptions: int = 0
+    """Requests that lost their place and whose blocks went to the host tier."""
+    num_recompute_preemptions: int = 0
+    """Requests that lost their place and whose blocks were left to be computed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostStatus:
+    """What steps and copies cost, as fitted from what was measured; each 0 until then."""
+
+    step_s: float = 0.0
+    """Of any step."""
+    prefill_token_s: float = 0.0
+    """Of one prefilled token, without its context."""
+    prefill_context_s: float = 0.0
+    """Of one prefilled token and one token that it attends to."""
+    decode_row_s: float = 0.0
+    """Of one decoding choice."""
+    decode_context_s: float = 0.0
+    """Of one token that a decoding choice attends to."""
+    load_latency_s: float = 0.0
+    """Of a copy to the device tier, whatever its size."""
+    load_bytes_per_s: float = 0.0
+    store_latency_s: float = 0.0
+    """Of a copy to the host tier, whatever its size."""
+    store_bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatus:
+    """What waits of one tenant in one priority class."""
+
+    priority: Priority
+    tenant: str
+    """Empty: all callers without an identity."""
+    num_requests: int
+    num_tokens: int
+    """That wait for their prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlushedCache:
+    """What a flush made the replicas forget."""
+
+    num_replicas: int
+    num_device_blocks: int
+    num_host_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +144,17 @@ class ReplicaStatus:
     num_preemptions: int
     """Since its start, like the two below."""
     num_cached_tokens: int
+    """Prompt tokens taken from the cache, either tier."""
     num_prompt_tokens: int
+    num_loading: int = 0
+    """Requests whose blocks are on the way from the host tier."""
+    host: TierStatus = TierStatus(0, 0, 0, 0)
+    """All 0 without a host tier."""
+    copies: CopyStatus = CopyStatus()
+    decisions: DecisionStatus = DecisionStatus()
+    costs: CostStatus = CostStatus()
+    queues: tuple[QueueStatus, ...] = ()
+    """The largest first, at most 64."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,17 @@ from rillgate._accumulate import Accumulator
 from rillgate._channel import plan_channel
 from rillgate._convert_request import (
     detokenize_request,
+    flush_cache_request,
     generate_request,
     tokenize_request,
 )
-from rillgate._convert_response import to_generation, to_models, to_status, to_tokenization
+from rillgate._convert_response import to_generation, to_models, to_tokenization
+from rillgate._convert_status import to_flushed, to_status
 from rillgate._health import HEALTH_WATCH, health_request, is_serving
 from rillgate._methods import (
     COMPLETE,
     DETOKENIZE,
+    FLUSH_CACHE,
     GENERATE,
     GET_STATUS,
     LIST_MODELS,
@@ -37,7 +40,7 @@ from rillgate._progress import progress_bar
 from rillgate._status import RetryState, error_of
 from rillgate.config import DEFAULT_TARGET, ClientConfig
 from rillgate.errors import UnavailableError
-from rillgate.status_types import ServerStatus
+from rillgate.status_types import FlushedCache, ServerStatus
 from rillgate.sync_stream import GenerationStream
 from rillgate.types import (
     GenerateOptions,
@@ -194,6 +197,11 @@ class Client:
         """Say what the server and its replicas are doing now."""
         request = control_pb2.GetStatusRequest()
         return to_status(self._call(GET_STATUS, request, timeout_s))
+
+    def flush_cache(self, *, model: str = "", timeout_s: float | None = None) -> FlushedCache:
+        """Make the replicas (of one model, or all) forget cached blocks that no request uses."""
+        request = flush_cache_request(model)
+        return to_flushed(self._call(FLUSH_CACHE, request, timeout_s))
 
     def wait_ready(self, timeout_s: float, model: str = "") -> None:
         """Wait until the server says that it (or one model of it) can answer.

@@ -24,13 +24,13 @@ import grpc
 
 from rillgate._fake_wire import (
     MAX_CONTEXT_TOKENS,
-    MODEL,
     MODEL_VERSION,
     encode_details,
     handlers,
+    status_response,
 )
 from rillgate.errors import FieldViolation
-from rillgate.types import ChatMessage, FinishReason
+from rillgate.types import ChatMessage, FinishReason, Priority
 from rillgate_proto.v1 import control_pb2
 from rillgate_proto.v1 import inference_pb2 as pb
 
@@ -39,6 +39,12 @@ _REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+}
+
+_PRIORITIES: dict[int, str] = {
+    pb.PRIORITY_HIGH: Priority.HIGH.value,
+    pb.PRIORITY_NORMAL: Priority.NORMAL.value,
+    pb.PRIORITY_LOW: Priority.LOW.value,
 }
 
 
@@ -113,6 +119,7 @@ class FakeServer:
         self._num_open = 0
         self._num_prompt_tokens = 0
         self._num_releases = 0
+        self._num_cached_blocks = 10  # in each tier
         self._is_ready = True
         self._server = grpc.server(ThreadPoolExecutor(num_threads), handlers(self))
         address = f"127.0.0.1:{port}"
@@ -277,25 +284,15 @@ class FakeServer:
     def status(self) -> control_pb2.GetStatusResponse:
         """Tell what is open; one replica with a block per open generation."""
         with self._changed:
-            tier = control_pb2.TierStatus(
-                num_blocks=100,
-                num_blocks_free=90 - self._num_open,
-                num_blocks_used=self._num_open,
-                num_blocks_cached=10,
-            )
-            replica = control_pb2.ReplicaStatus(
-                replica_id="replica-0",
-                model=MODEL,
-                model_version=MODEL_VERSION,
-                state=control_pb2.REPLICA_STATE_READY,
-                num_running=self._num_open,
-                device=tier,
-                block_size_tokens=16,
-                num_prompt_tokens=self._num_prompt_tokens,
-            )
-            return control_pb2.GetStatusResponse(
-                server_version="fake", num_open_requests=self._num_open, replicas=[replica]
-            )
+            return status_response(self._num_open, self._num_cached_blocks, self._num_prompt_tokens)
+
+    def flush_cache(self) -> control_pb2.FlushCacheResponse:
+        """Forget what is cached, which is little, and never comes back."""
+        with self._changed:
+            dropped, self._num_cached_blocks = self._num_cached_blocks, 0
+        return control_pb2.FlushCacheResponse(
+            num_replicas=1, num_device_blocks=dropped, num_host_blocks=dropped
+        )
 
 
 def fail(context: grpc.ServicerContext, error: FakeError) -> NoReturn:
@@ -318,6 +315,8 @@ def num_prompt_tokens(request: FakeRequest) -> int:
 
 def _to_request(message: pb.GenerateRequest, timeout_s: float | None) -> FakeRequest:
     options: dict[str, object] = {"model": message.model} if message.model else {}
+    if message.priority:
+        options["priority"] = _PRIORITIES[message.priority]
     for group in (message.sampling, message.stopping, message.response):
         for descriptor, value in group.ListFields():
             name = "stop" if descriptor.name == "stop_strings" else descriptor.name

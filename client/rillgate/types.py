@@ -6,7 +6,7 @@ Owns the shapes. Knows nothing of the wire: `_convert` translates.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias, TypedDict
+from typing import Literal, TypeAlias, TypedDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,16 @@ class FinishReason(Enum):
     """A reason that a newer server knows and this client does not."""
 
 
+class Priority(Enum):
+    """Who goes first where requests wait; one that has waited long moves up."""
+
+    HIGH = "high"
+    """Somebody is waiting for it."""
+    NORMAL = "normal"
+    LOW = "low"
+    """It can wait."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Natural log-probabilities at one position, from the raw logits."""
@@ -67,6 +77,8 @@ class Usage:
     """From the first to the last token."""
     tokens_per_second: float
     """Tokens after the first over `decode_ms`; 0 with fewer than two."""
+    cached_host_tokens: int = 0
+    """Those of `cached_tokens` that came from the cache's host tier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +235,8 @@ class GenerateOptions(TypedDict, total=False):
     """The same for the prompt's tokens."""
     continuation: Continuation
     """Goes on from tokens that are already there; give the same prompt and options again."""
+    priority: Priority | Literal["high", "normal", "low"]
+    """Who goes first where requests wait. Default: normal."""
     timeout_s: float
     """The deadline, from now: by then the answer ends with what there is. Default: the client's."""
 

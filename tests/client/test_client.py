@@ -133,6 +133,9 @@ def test_the_other_calls_return_plain_values(server: FakeServer, client: Client)
         assert (status.num_blocks_used, status.num_blocks_cached) == (1, 10)
         assert status.num_blocks == status.num_blocks_free + 11
         assert status.replicas[0].model == "fake"
+    flushed = client.flush_cache()
+    assert (flushed.num_replicas, flushed.num_device_blocks, flushed.num_host_blocks) == (1, 10, 10)
+    assert client.status().num_blocks_cached == 0
 
 
 async def test_the_other_calls_awaited_return_the_same(

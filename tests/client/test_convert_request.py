@@ -13,6 +13,7 @@ from rillgate.types import (
     FinishReason,
     GenerateOptions,
     Messages,
+    Priority,
     Prompt,
 )
 from rillgate_proto.v1 import inference_pb2 as pb
@@ -52,7 +53,7 @@ def test_an_option_fills_its_field_and_no_other(name: str) -> None:
 
 def test_every_option_is_known_to_these_tests() -> None:
     """An option that is added gets its test."""
-    special = {"model", "stop", "continuation", "timeout_s"}
+    special = {"model", "stop", "priority", "continuation", "timeout_s"}
     assert set(GenerateOptions.__annotations__) == set(_VALUES) | special
 
 
@@ -65,6 +66,12 @@ def test_stop_takes_one_text_or_several() -> None:
     """A single text is one stop string, not one per letter."""
     assert generate_request("p", {"stop": "END"}).stopping.stop_strings == ["END"]
     assert generate_request("p", {"stop": ["a", "b"]}).stopping.stop_strings == ["a", "b"]
+
+
+@pytest.mark.parametrize("priority", [Priority.LOW, "low"])
+def test_a_priority_is_a_value_or_its_name(priority: Any) -> None:
+    """Both are sent as the class; no priority sets no field."""
+    assert generate_request("p", {"priority": priority}).priority == pb.PRIORITY_LOW
 
 
 def test_a_misspelt_option_is_an_error_with_a_hint() -> None:
@@ -120,6 +127,7 @@ def test_a_message_with_other_keys_is_an_error(message: dict[str, str]) -> None:
         ("p", {"stop_token_ids": [-5]}, "stopping.stop_token_ids"),
         ("p", {"logit_bias": {-1: 0.5}}, "sampling.logit_bias"),
         ("p", {"model": "\ud800"}, "model"),
+        ("p", {"priority": "urgent"}, "priority"),
     ],
 )
 def test_what_the_wire_cannot_carry_is_an_invalid_request(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rillgate.config import DEFAULT_TARGET, ClientConfig, TlsConfig
 from rillgate.sync_client import Client
-from rillgate.types import GenerateOptions
+from rillgate.types import GenerateOptions, Priority
 
 
 class UsageError(Exception):
@@ -61,6 +61,11 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", metavar="TEXT", help="end where this text comes; repeatable"
     )
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end")
+    group.add_argument(
+        "--priority",
+        choices=[priority.value for priority in Priority],
+        help="who goes first where requests wait (default: normal)",
+    )
 
 
 def _flag(name: str) -> str:
@@ -70,7 +75,7 @@ def _flag(name: str) -> str:
 def generation_options(args: argparse.Namespace) -> GenerateOptions:
     """Collect the options that were given."""
     options = GenerateOptions()
-    for name in ("model", *_OPTIONS, "stop"):
+    for name in ("model", *_OPTIONS, "stop", "priority"):
         value = getattr(args, name)
         if value is not None:
             options[name] = value  # type: ignore[literal-required] # names of GenerateOptions

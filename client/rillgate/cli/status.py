@@ -1,9 +1,10 @@
 """`rillgate status`: what the server and its replicas are doing.
 
-Owns that command's output.
+Owns that command's flags and its JSON; a replica's tables are `status_tables`'.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -11,8 +12,10 @@ import time
 from enum import Enum
 
 from rillgate.cli.arguments import add_connection_flags, connect
-from rillgate.cli.terminal import CLEAR_SCREEN, print_table
-from rillgate.status_types import ReplicaStatus, ServerStatus
+from rillgate.cli.status_tables import print_replica
+from rillgate.cli.terminal import CLEAR_SCREEN
+from rillgate.status_types import ServerStatus
+from rillgate.sync_client import Client
 
 
 def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,67 +35,39 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the status, once or until interrupted."""
+    """Show the status, once or until interrupted, which is then the ordinary end."""
     with connect(args) as client:
-        while True:
-            status = client.status()
-            if args.json:
-                print(json.dumps(_jsonable(status)), flush=True)
-            else:
-                if args.watch is not None and sys.stdout.isatty():
-                    sys.stdout.write(CLEAR_SCREEN)
-                _print(status)
-            if args.watch is None:
-                return 0
-            try:
+        if args.watch is None:
+            _show(client, args)
+            return 0
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                _show(client, args)
                 time.sleep(max(0.05, args.watch))
-            except KeyboardInterrupt:
-                return 0
+    return 0
+
+
+def _show(client: Client, args: argparse.Namespace) -> None:
+    status = client.status()
+    if args.json:
+        print(json.dumps(_jsonable(status)), flush=True)
+        return
+    if args.watch is not None and sys.stdout.isatty():
+        sys.stdout.write(CLEAR_SCREEN)
+    _print(status)
 
 
 def _print(status: ServerStatus) -> None:
     print(
         f"rillgate {status.server_version}, up {status.uptime_s:.0f} s, "
         f"{status.num_open_requests} open, {status.num_running} running, "
-        f"{status.num_waiting} waiting; cache blocks: {status.num_blocks_used} used, "
-        f"{status.num_blocks_cached} cached, {status.num_blocks_free} free"
+        f"{status.num_waiting} waiting"
     )
     if not status.replicas:
         print("no replica is connected: it is loading, or it is being restarted")
-        return
-    headers = (
-        "replica",
-        "model",
-        "state",
-        "run",
-        "wait",
-        "used",
-        "cached",
-        "free",
-        "tok/s in",
-        "step ms",
-        "hit %",
-        "preempt",
-    )
-    print_table(headers, [_row(replica) for replica in status.replicas])
-
-
-def _row(replica: ReplicaStatus) -> tuple[str, ...]:
-    prompt = replica.num_prompt_tokens
-    return (
-        replica.replica_id,
-        replica.model,
-        replica.state.value,
-        str(replica.num_running),
-        str(replica.num_waiting),
-        str(replica.device.num_blocks_used),
-        str(replica.device.num_blocks_cached),
-        str(replica.device.num_blocks_free),
-        f"{replica.prefill_tokens_per_s:.0f}" if replica.prefill_tokens_per_s else "-",
-        f"{replica.decode_step_ms:.1f}" if replica.decode_step_ms else "-",
-        f"{100 * replica.num_cached_tokens / prompt:.0f}" if prompt else "-",
-        str(replica.num_preemptions),
-    )
+    for replica in status.replicas:
+        print()
+        print_replica(replica)
 
 
 def _jsonable(status: ServerStatus) -> dict[str, object]:

@@ -73,6 +73,7 @@ def test_generate_sends_every_flag(server: FakeServer) -> None:
         "frequency_penalty": -0.5,
         "seed": 7,
         "model": "fake",
+        "priority": "low",
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     flags += ["--stop", "END", "--stop", "\n", "--ignore-eos"]
@@ -125,6 +126,17 @@ def test_models_and_status_print_tables_and_json(server: FakeServer) -> None:
     status = json.loads(_run("status", "--json", target=server.target).stdout)
     assert (status["num_running"], status["num_blocks_cached"]) == (0, 10)
     assert status["replicas"][0]["state"] == "ready"
+    assert status["replicas"][0]["host"]["num_blocks_cached"] == 10
+
+
+def test_flush_cache_says_what_was_dropped(server: FakeServer) -> None:
+    """In words, as JSON, and in the status that follows."""
+    done = _run("flush-cache", target=server.target)
+    assert done.stdout == "dropped 10 device blocks and 10 host blocks of 1 replica\n"
+    again = json.loads(_run("flush-cache", "--json", target=server.target).stdout)
+    assert again == {"num_replicas": 1, "num_device_blocks": 0, "num_host_blocks": 0}
+    status = json.loads(_run("status", "--json", target=server.target).stdout)
+    assert status["replicas"][0]["host"]["num_blocks_cached"] == 0
 
 
 def test_status_watch_goes_on_until_ctrl_c(server: FakeServer) -> None:
@@ -136,7 +148,9 @@ def test_status_watch_goes_on_until_ctrl_c(server: FakeServer) -> None:
         assert terminal.wait_end() == 0
 
 
-@pytest.mark.parametrize("command", ["generate p", "chat", "status", "models", "bench"])
+@pytest.mark.parametrize(
+    "command", ["generate p", "chat", "status", "models", "bench", "flush-cache"]
+)
 def test_no_server_is_one_line_that_names_the_address(command: str) -> None:
     """Every command says where nobody answered, without a traceback."""
     done = _run(*command.split(), target="127.0.0.1:1")
