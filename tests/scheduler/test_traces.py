@@ -45,11 +45,11 @@ MAX_WAIT_STEPS = 12
 
 
 class Moment(Enum):
-    """When an abort comes."""
+    """When an abort or a flush comes."""
 
     NOW = "between two steps"
     DURING_STEP = "while a step computes"
-    COPY_IN = "while a copy to the device tier is in flight"
+    COPY_IN = "while somebody waits for a copy to the device tier"
     COPY_OUT = "while a copy to the host tier is in flight"
     PREEMPTED = "once somebody was preempted"
 
@@ -74,7 +74,10 @@ class NextTurn:
 
 @dataclass(frozen=True)
 class Abort:
-    """An abort of the n-th newest request; of one choice, or of all."""
+    """An abort of the n-th newest request; of one choice, or of all.
+
+    During a copy in: of the first of those that have not started, which is likely to wait for it.
+    """
 
     age: int
     choice: int | None
@@ -92,6 +95,8 @@ class Steps:
 @dataclass(frozen=True)
 class Flush:
     """The operator empties the cache."""
+
+    moment: Moment
 
 
 @dataclass(frozen=True)
@@ -158,12 +163,12 @@ def random_arrival(rng: random.Random, request_id: int) -> Submit | NextTurn:
 
 def random_interruption(rng: random.Random) -> Event:
     """Make what may come between arrivals."""
-    kind = rng.random()
-    if kind < 0.05:
-        return Flush()
-    if kind < 0.4:
+    kind, moment = rng.random(), rng.choice((*Moment, Moment.COPY_IN))
+    if kind < 0.1:
+        return Flush(moment)
+    if kind < 0.3:
         return Corrupt(rng.randint(1, 5))
-    return Abort(rng.randint(0, 3), rng.choice((None, None, 0, 1)), rng.choice(tuple(Moment)))
+    return Abort(rng.randint(0, 3), rng.choice((None, None, 0, 1)), moment)
 
 
 def random_trace(rng: random.Random) -> list[Event]:
@@ -181,16 +186,17 @@ def random_limits(rng: random.Random) -> Limits:
     """Make settings so small that every limit is met."""
     max_running = rng.randint(1, 6)
     size = rng.choice((1, 2, 3, 4, 8))
+    loads_much = rng.random() < 0.5
     return Limits(
-        num_blocks=rng.choice((48, 64, 80, 120)) // size,
+        num_blocks=rng.choice((48, 64, 64 if loads_much else 120)) // size,
         block_size_tokens=size,
         max_step_tokens=rng.randint(max_running, 24),
         max_prefill_chunk_tokens=rng.randint(1, 12),
         max_running=max_running,
         max_waiting_requests=rng.choice((3, 100, 100)),
-        prefix_caching=rng.random() < 0.9,
-        num_host_blocks=rng.choice((300, 200, 120, 60, 20, 0)) // size,
-        load_policy=rng.choice(("load", "load", "load", "auto", "auto", "auto", "recompute")),
+        prefix_caching=loads_much or rng.random() < 0.8,
+        num_host_blocks=rng.choice((600, 300) if loads_much else (120, 60, 20, 0)) // size,
+        load_policy="load" if loads_much else rng.choice(("load", "auto", "auto", "recompute")),
         audit=rng.random() < 0.5,
     )
 
@@ -234,12 +240,14 @@ class Player:
             case NextTurn() if entry.age < len(self.ids):
                 self._submit(self._next_turn(entry))
             case Abort(age, choice, moment) if age < len(self.ids):
-                self._abort(self.ids[-1 - age], () if choice is None else (choice,), moment)
+                self._wait_for(moment)
+                self._abort(self._victim(age, moment), choice, moment)
             case Steps(count, loses_first):
                 driver.loses_next_step = loses_first
                 for _ in range(count):
                     driver.step()
-            case Flush():
+            case Flush(moment):
+                self._wait_for(moment)
                 driver.flush()
             case Corrupt(every) if driver.limits.audit:
                 for block in range(0, driver.limits.num_host_blocks, every):
@@ -270,24 +278,34 @@ class Player:
             sampling=replace(answer.request.sampling, min_tokens=0, num_prompt_logprobs=None),
         )
 
-    def _abort(self, request_id: int, choices: tuple[int, ...], moment: Moment) -> None:
-        driver = self.driver
+    def _wait_for(self, moment: Moment) -> None:
         for _ in range(MAX_WAIT_STEPS):
-            if not driver.scheduler.has_work or self._is_now(moment):
-                break
-            driver.step()
+            if not self.driver.scheduler.has_work or self._is_now(moment):
+                return
+            self.driver.step()
+
+    def _victim(self, age: int, moment: Moment) -> int:
+        answers = self.driver.answers
+        if moment is Moment.COPY_IN:
+            for request_id in self.ids:
+                if request_id not in answers.gone and answers.of[request_id].started is None:
+                    return request_id
+        return self.ids[-1 - age]
+
+    def _abort(self, request_id: int, choice: int | None, moment: Moment) -> None:
+        driver = self.driver
         plan = driver.begin() if moment is Moment.DURING_STEP else None
-        driver.abort(request_id, choices)
+        driver.abort(request_id, () if choice is None else (choice,))
         if plan is not None:
             driver.end(plan)
 
     def _is_now(self, moment: Moment) -> bool:
-        directions = {job.direction for job in self.driver.in_flight.values()}
         match moment:
             case Moment.COPY_IN:
-                return CopyDirection.HOST_TO_DEVICE in directions
+                return self.driver.scheduler.load(0.0).num_loading > 0
             case Moment.COPY_OUT:
-                return CopyDirection.DEVICE_TO_HOST in directions
+                jobs = self.driver.in_flight.values()
+                return any(job.direction is CopyDirection.DEVICE_TO_HOST for job in jobs)
             case Moment.PREEMPTED:
                 return self.driver.scheduler.load(0.0).num_preemptions > 0
             case _:
