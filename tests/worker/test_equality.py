@@ -15,7 +15,8 @@ from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import SlotStart, StepPlan
 from rillgate_server.worker.attention.base import AttentionStep
 from rillgate_server.worker.attention.sdpa import SdpaAttention
-from rillgate_server.worker.kv_storage import KVStorage
+from rillgate_server.worker.kv_tiers import reserve_tiers
+from rillgate_server.worker.kv_transfer import KVTransfer
 from rillgate_server.worker.model_runner import ModelRunner
 from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.worker import Worker
@@ -244,11 +245,12 @@ def test_wrong_positions_are_seen(
     """The comparison above turns red for positions that are off by one."""
     _, expected = reference(kind)
     worker = load_worker(checkpoint(kind))
-    storage = KVStorage(worker.layout, NUM_BLOCKS)
+    tiers = reserve_tiers(worker.layout, NUM_BLOCKS, 0, torch.device("cpu"))
     runner = ModelRunner(
         PositionsOffByOne(worker.network),
-        SdpaAttention(storage, torch.float32),
-        storage,
+        SdpaAttention(tiers.device, torch.float32),
+        tiers.device,
+        KVTransfer(tiers),
         VOCAB_SIZE,
     )
     jobs, _ = run_mixed(runner)

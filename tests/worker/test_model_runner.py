@@ -1,5 +1,7 @@
 """A step's results: prompt log-probabilities across chunk borders, failed rows, odd plans."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -8,12 +10,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rillgate_server.core.sampling_params import SamplingParams
-from rillgate_server.core.step import RowPlan, SlotStart, StepPlan
+from rillgate_server.core.step import CopyDone, CopyJob, RowPlan, SlotStart, StepPlan
+from rillgate_server.errors import EngineFailure
+from rillgate_server.worker.attention.sdpa import SdpaAttention
+from rillgate_server.worker.kv_tiers import reserve_tiers
+from rillgate_server.worker.kv_transfer import KVTransfer
+from rillgate_server.worker.model_runner import ModelRunner
 from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.support.equality import full_row, mixed_prompts
+from tests.support.kv_copies import LOAD, PATIENCE_S, STORE, GatedCopier
 from tests.support.planner import Job, Planner
 from tests.support.reference import load_reference
-from tests.support.worker_fixtures import NUM_BLOCKS, MakeCheckpoint, load_worker
+from tests.support.worker_fixtures import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    MakeCheckpoint,
+    load_worker,
+)
 
 GREEDY = SamplingParams(seed=0, temperature=0.0)
 POISON = 13
@@ -133,3 +146,124 @@ def test_a_plan_may_follow_before_the_result_of_the_one_before(checkpoint: MakeC
     plans = [StepPlan(0, (start,), (RowPlan(0, 0, len(prompt)),))]
     plans += [StepPlan(i, (), (RowPlan(0, len(prompt) + i - 1, 1),)) for i in range(1, 6)]
     assert [ahead.execute(plan).token_ids[0][0] for plan in plans] == job.tokens
+
+
+# -- copies ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Gated:
+    """A runner whose copies wait for the gate."""
+
+    runner: ModelRunner
+    copier: GatedCopier
+
+    def wait_for_copy(self, step_id: int) -> CopyDone:
+        """Run plans without rows until a copy is reported."""
+        for later in range(step_id, step_id + 10_000):
+            finished = self.runner.execute(StepPlan(later, (), ())).finished_copies
+            if finished:
+                (done,) = finished
+                return done
+        raise AssertionError("no copy ended")
+
+
+@pytest.fixture
+def gated(checkpoint: MakeCheckpoint) -> Iterator[Gated]:
+    """A runner over eight blocks in each tier; the gate is shut."""
+    worker = load_worker(checkpoint("llama"))
+    copier = GatedCopier(reserve_tiers(worker.layout, 8, 8, torch.device("cpu")))
+    attention = SdpaAttention(copier.device, torch.float32)
+    runner = ModelRunner(
+        worker.network, attention, copier.device, KVTransfer(copier), worker.spec.vocab_size
+    )
+    yield Gated(runner, copier)
+    copier.gate.set()
+    runner.close()
+
+
+def test_no_step_waits_for_a_copy(gated: Gated) -> None:
+    """Steps are computed while a copy stands still; one without rows gives up after a while."""
+    start = SlotStart(0, (1, 2, 3), 3, (0, 1), GREEDY, 0)
+    copies = (CopyJob(0, STORE, ((5, 5),)),)
+    first = gated.runner.execute(StepPlan(0, (start,), (RowPlan(0, 0, 3),), copies=copies))
+    assert gated.copier.begun.wait(PATIENCE_S)
+    second = gated.runner.execute(StepPlan(1, (), (RowPlan(0, 3, 1),)))
+    empty = gated.runner.execute(StepPlan(2, (), ()))
+    assert [len(result.token_ids) for result in (first, second, empty)] == [1, 1, 0]
+    assert [result.finished_copies for result in (first, second, empty)] == [(), (), ()]
+    gated.copier.gate.set()
+    assert gated.wait_for_copy(3).failed_pairs == ()
+
+
+def test_copies_of_a_step_that_raises_run_and_are_reported_later(gated: Gated) -> None:
+    """They begin before anything can fail."""
+    gated.copier.gate.set()
+    gated.copier.device.bytes[5].fill_(7)
+    copies = (CopyJob(0, STORE, ((5, 6),)),)
+    with pytest.raises(EngineFailure, match="has not been started"):
+        gated.runner.execute(StepPlan(0, (), (RowPlan(3, 0, 1),), copies=copies))
+    done = gated.wait_for_copy(1)
+    assert (done.copy_id, done.failed_pairs) == (0, ())
+    assert (gated.copier.host.bytes[6] == 7).all()
+
+
+def test_a_report_that_a_failing_step_met_is_not_lost(gated: Gated) -> None:
+    """The copy ends before a plan that raises; the plan after that one carries the report."""
+    gated.copier.gate.set()
+    copies = (CopyJob(0, STORE, ((5, 6),)),)
+    start = SlotStart(0, (1, 2, 3), 3, (0,), GREEDY, 0)
+    result = gated.runner.execute(StepPlan(0, (start,), (RowPlan(0, 0, 3),), copies=copies))
+    finished = list(result.finished_copies)
+    with pytest.raises(EngineFailure):
+        gated.runner.execute(StepPlan(1, (), (RowPlan(3, 0, 1),)))
+    finished = finished or [gated.wait_for_copy(2)]
+    assert [done.copy_id for done in finished] == [0]
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("num_loaded", [1, 3])
+def test_blocks_that_were_away_give_the_same_tokens(
+    kv_dtype: str, num_loaded: int, checkpoint: MakeCheckpoint
+) -> None:
+    """A prompt's blocks go to the host tier, are overwritten, come back elsewhere, and serve as a
+    cached prefix: blocks before a row's start are kept as they are."""
+    prompt = mixed_prompts()[7][: 3 * BLOCK_SIZE + 2]
+    worker = load_worker(checkpoint("llama"), kv_dtype=kv_dtype)
+    worker.allocate_cache(16, 4)
+    start = SlotStart(0, tuple(prompt), len(prompt), (0, 1, 2, 3), GREEDY, 0)
+    row = RowPlan(0, 0, len(prompt), prompt_logprobs=True)
+    expected = worker.execute(StepPlan(0, (start,), (row,)))
+    ids = iter(range(1, 10_000))
+
+    def run_copy(job: CopyJob) -> None:
+        result = worker.execute(StepPlan(next(ids), (), (), copies=(job,)))
+        while not result.finished_copies:
+            result = worker.execute(StepPlan(next(ids), (), ()))
+        assert result.finished_copies[0].failed_pairs == ()
+
+    run_copy(CopyJob(0, STORE, ((0, 3), (1, 1), (2, 0))))
+    other = SlotStart(1, (9,) * 14, 14, (0, 1, 2, 3), GREEDY, 0)
+    worker.execute(StepPlan(next(ids), (other,), (RowPlan(1, 0, 14),), ended_slots=(0,)))
+    run_copy(CopyJob(1, LOAD, ((3, 9), (1, 5), (0, 12))[:num_loaded]))
+    table = (9, 5, 12)[:num_loaded] + (6, 7, 8)[: 4 - num_loaded]
+    again = SlotStart(0, tuple(prompt), len(prompt), table, GREEDY, 0)
+    begin = num_loaded * BLOCK_SIZE
+    plan = StepPlan(next(ids), (again,), (RowPlan(0, begin, len(prompt) - begin),))
+    assert worker.execute(plan).token_ids == expected.token_ids
+    worker.close()
+
+
+def test_a_new_cache_ends_the_copies_of_the_one_before(checkpoint: MakeCheckpoint) -> None:
+    """Its thread ends; ids begin anew, and nothing is reported that was not begun here."""
+    worker = load_worker(checkpoint("llama"))
+    for _ in range(3):
+        worker.allocate_cache(8, 8, audit=True)
+        plan = StepPlan(0, (), (), copies=(CopyJob(0, STORE, ((0, 0), (1, 1))),))
+        finished = worker.execute(plan).finished_copies
+        while not finished:
+            finished = worker.execute(StepPlan(1, (), ())).finished_copies
+        assert [len(done.checksums) for done in finished] == [2]
+    worker.close()
+    with pytest.raises(EngineFailure, match="before allocate_cache"):
+        worker.execute(StepPlan(0, (), ()))

@@ -1,44 +1,85 @@
-"""The cache's bytes: one tensor `[num_blocks, block_bytes]`, whose layers worker.layer_cache views.
+"""A tier's bytes: one tensor `[num_blocks, block_bytes]`, whose layers worker.layer_cache views.
 
-Owns the storage. Does not know which block belongs to whom: block numbers come with each plan, and
-what is free or shared is decided elsewhere; nor what lies where in a block (KVLayout does).
+Owns the storage of either tier. Does not know which block belongs to whom: block numbers come with
+each plan, and what is free or shared is decided elsewhere; nor what lies where in a block (KVLayout
+does), nor how blocks come from one tier to the other (worker.kv_transfer).
 """
 
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
+from torch import Tensor
 
 from rillgate_server.core.model_spec import KVLayout
 from rillgate_server.errors import OutOfMemory
 from rillgate_server.worker.host_memory import available_bytes
 from rillgate_server.worker.layer_cache import view_layer
+from rillgate_server.worker.pinned_memory import Pin, try_to_pin
+
+_CPU = torch.device("cpu")
 
 
 class KVStorage:
-    """The device tier's memory.
+    """One tier's memory, reserved whole: nothing is allocated per block afterwards.
 
     State: the bytes alone. Starts as zeros, and `clear` zeroes blocks before they are filled
     anew: what lies past a row's end is masked, but a NaN of a failed request would come through
     the mask as 0 * NaN and end its neighbours.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
-        """Reserve the memory (the system hands pages out as they are touched)."""
-        needed_bytes, free_bytes = num_blocks * layout.block_bytes, available_bytes()
-        if needed_bytes > free_bytes:
-            raise OutOfMemory(f"a cache of {num_blocks} blocks", needed_bytes, free_bytes)
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        *,
+        device: torch.device = _CPU,
+        taken_bytes: int = 0,
+        pin: Pin | None = None,
+    ) -> None:
+        """Reserve the memory of `num_blocks`, which may be none; raises OutOfMemory.
+
+        `taken_bytes` are promised to another tier in the same memory, whose pages the system may
+        not have handed out yet. `pin` locks the host tier's pages where a GPU copies from them;
+        where it cannot, that is logged and the memory stays pageable.
+        """
+        num_bytes = num_blocks * layout.block_bytes
+        free_bytes = max(0, _free_bytes(device) - taken_bytes)
+        if num_bytes > free_bytes:
+            raise OutOfMemory(f"a cache tier of {num_blocks} blocks", num_bytes, free_bytes)
         self.layout = layout
         self.num_blocks = num_blocks
-        # torch.zeros would write every page at once: seconds, and memory that nobody may ever use.
-        pages = mmap(-1, needed_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-        self._bytes = torch.frombuffer(pages, dtype=torch.uint8).view(num_blocks, -1)
-        self.layers = tuple(view_layer(self._bytes, layout, layer) for layer in layout.layers)
+        self.bytes = _reserve(num_bytes, device).view(num_blocks, layout.block_bytes)
+        """[num_blocks, block_bytes], uint8, on the tier's device."""
+        self.is_pinned = pin is not None and try_to_pin(self.bytes, pin)
+        self.layers = tuple(view_layer(self.bytes, layout, layer) for layer in layout.layers)
 
     def __repr__(self) -> str:
         """Show the size."""
         return f"KVStorage(num_blocks={self.num_blocks}, block_bytes={self.layout.block_bytes})"
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all blocks."""
+        return self.num_blocks * self.layout.block_bytes
+
     def clear(self, blocks: list[int]) -> None:
         """Zero whole blocks."""
         for block in blocks:
-            self._bytes[block].zero_()
+            self.bytes[block].zero_()
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return int(free_bytes)
+    return available_bytes()
+
+
+def _reserve(num_bytes: int, device: torch.device) -> Tensor:
+    """Return zeros. [num_bytes], uint8."""
+    if device.type == "cuda":
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    # torch.zeros would write every page at once: seconds, and memory that nobody may ever use. The
+    # system hands pages out as they are touched.
+    pages = mmap(-1, max(1, num_bytes), flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)[:num_bytes]

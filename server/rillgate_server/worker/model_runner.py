@@ -1,11 +1,13 @@
 """One step: a plan in, a result out.
 
-Owns the order of a step's work: slots, packing, network, sampling, what the tokens mean for the
-slots. Does not know requests or scheduling; holds no opinion on which rows a step should have.
+Owns the order of a step's work: copies begun, slots, packing, network, sampling, what the tokens
+mean for the slots, copies reported. Does not know requests or scheduling; holds no opinion on which
+rows a step should have, nor on what is copied.
 """
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,32 +23,61 @@ from rillgate_server.core.step import (
 from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.input_batch import InputBatch
 from rillgate_server.worker.kv_storage import KVStorage
+from rillgate_server.worker.kv_transfer import KVTransfer
 from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.sampler import SampledToken, sample, token_logprobs
 
 _LOGPROB_POSITIONS = 128
 """Prompt positions whose logits exist at a time: 128 x 150,000 float32 are 77 MB."""
+_COPY_WAIT_S = 0.005
+"""A plan without rows waits for a copy no longer than this: commands come in between plans."""
 
 
 class ModelRunner:
-    """Executes plans, one at a time, on one thread. State: the slots (`_batch`) and the cache."""
+    """Executes plans, one at a time, on one thread.
+
+    State: the slots (`_batch`), the device tier (`_storage`), the copies in flight (`_transfer`).
+    """
 
     def __init__(
-        self, network: Network, attention: AttentionBackend, storage: KVStorage, vocab_size: int
+        self,
+        network: Network,
+        attention: AttentionBackend,
+        storage: KVStorage,
+        transfer: KVTransfer,
+        vocab_size: int,
     ) -> None:
-        """Run `network` with `attention` over `storage`."""
+        """Run `network` with `attention` over `storage`, the device tier of `transfer`."""
         self._network = network
         self._attention = attention
         self._storage = storage
+        self._transfer = transfer
         self._batch = InputBatch(storage.layout.block_size_tokens, storage.num_blocks, vocab_size)
 
     def __repr__(self) -> str:
         """Show the state."""
-        return f"ModelRunner({self._batch}, {self._storage})"
+        return f"ModelRunner({self._batch}, {self._storage}, {self._transfer})"
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one plan. Raises EngineFailure for a plan that contradicts the slots."""
+        """Compute one plan. Raises EngineFailure for a plan that contradicts the slots.
+
+        Its copies begin before anything can raise, and are reported by whichever plan is done
+        after them.
+        """
+        for job in plan.copies:
+            self._transfer.begin(job)
+        result = self._compute(plan)
+        if not plan.rows:
+            self._transfer.wait_any(_COPY_WAIT_S)
+        finished = self._transfer.take_finished()
+        return replace(result, finished_copies=finished) if finished else result
+
+    def close(self) -> None:
+        """End the copies."""
+        self._transfer.close()
+
+    def _compute(self, plan: StepPlan) -> StepResult:
         begin = time.perf_counter()
         self._storage.clear(self._batch.apply(plan))
         if not plan.rows:

@@ -16,7 +16,8 @@ from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.errors import ConfigError, EngineFailure
 from rillgate_server.worker.allocator import keep_freed_memory
 from rillgate_server.worker.attention.sdpa import SdpaAttention
-from rillgate_server.worker.kv_storage import KVStorage
+from rillgate_server.worker.kv_tiers import reserve_tiers
+from rillgate_server.worker.kv_transfer import KVTransfer
 from rillgate_server.worker.model_loader import load_network
 from rillgate_server.worker.model_runner import ModelRunner
 from rillgate_server.worker.network.transformers_network import (
@@ -27,6 +28,8 @@ from rillgate_server.worker.packed_linear import pack_linear_layers
 
 _log = logging.getLogger(__name__)
 
+_DEVICE = torch.device("cpu")
+"""Where networks compute."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """What a CPU computes well."""
 _INSTEAD = {"float16": "bfloat16", "float64": "float32"}
@@ -88,12 +91,28 @@ class Worker:
         layout = KVLayout.build(options.block_size_tokens, kv_dtype, shapes)
         return cls(network, replace(spec, dtype=dtype), layout)
 
-    def allocate_cache(self, num_blocks: int) -> None:
-        """Reserve the cache; slots and blocks of an earlier one are gone. Raises OutOfMemory."""
-        self._runner = None  # its memory counts as free for the new one
-        storage = KVStorage(self.layout, num_blocks)
-        attention = SdpaAttention(storage, _DTYPES[self.spec.dtype])
-        self._runner = ModelRunner(self.network, attention, storage, self.spec.vocab_size)
+    def allocate_cache(
+        self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
+    ) -> None:
+        """Reserve both tiers; slots and blocks of earlier ones are gone. Raises OutOfMemory.
+
+        `audit`: checksum blocks on their way to the host tier (plans say what must come back).
+        """
+        self.close()  # its memory counts as free for the new one
+        tiers = reserve_tiers(self.layout, num_device_blocks, num_host_blocks, _DEVICE)
+        self._runner = ModelRunner(
+            self.network,
+            SdpaAttention(tiers.device, _DTYPES[self.spec.dtype]),
+            tiers.device,
+            KVTransfer(tiers, audit=audit),
+            self.spec.vocab_size,
+        )
+
+    def close(self) -> None:
+        """Give the cache up and end its copies."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one plan. Raises EngineFailure for one that contradicts what went before."""
