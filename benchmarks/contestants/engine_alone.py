@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.contestants.protocol import Message, serve
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
 from rillgate_server.core.clock import SystemClock
+from rillgate_server.core.model_spec import CacheSizes
 from rillgate_server.core.request import ChoiceStart, Request
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import StepPlan, StepResult
@@ -55,7 +56,8 @@ class EngineContestant:
         worker = Worker.load(Path(model_dir), WorkerOptions(num_threads=2))
         worker.allocate_cache(_NUM_BLOCKS)
         self._worker = _TimedWorker(worker)
-        self._scheduler = Scheduler(BatcherConfig(), CacheConfig(), worker.spec, _NUM_BLOCKS)
+        sizes = CacheSizes(_NUM_BLOCKS, worker.layout.block_bytes, worker.spec.dtype)
+        self._scheduler = Scheduler(BatcherConfig(), CacheConfig(), worker.spec, sizes)
         self._engine = Engine(self._scheduler, self._worker, SystemClock())
         self._request_ids = itertools.count()
 

@@ -42,7 +42,7 @@ class RillgateContestant:
             [
                 *(sys.executable, "-m", "rillgate_server.cli", "serve"),
                 *("--listen", self._target, "--model", self._model_dir),
-                *("--set", f"cache.memory_bytes={_CACHE_BYTES}"),
+                *("--set", f"cache.device_memory={_CACHE_BYTES}"),
             ],
             stdout=sys.stderr,
         )

@@ -90,7 +90,7 @@ def test_settings_pass_through_the_environment_unchanged(monkeypatch: pytest.Mon
     settings = load_settings(
         overrides={
             "model": {"path": "/somewhere/a model", "dtype": "float32"},
-            "cache": {"prefix_caching": "false", "memory_bytes": "1048576"},
+            "cache": {"prefix_caching": "false", "device_memory": "1MiB"},
             "gateway": {"keepalive_s": "0.25", "shared_prefixes": '["a b.txt", "c,d.txt"]'},
         }
     )

@@ -11,6 +11,7 @@ import pytest
 
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
 from rillgate_server.core.clock import VirtualClock
+from rillgate_server.core.model_spec import CacheSizes
 from rillgate_server.core.request import ChoiceStart, Request
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import StepOutput, StepPlan, StepResult, TokenLogprobs
@@ -124,7 +125,8 @@ def make_run(
 ) -> Run:
     """Build an engine over a real worker; `fault` spoils plans on their way to it."""
     worker = load_worker(checkpoint(kind), num_blocks=num_blocks)
-    scheduler = Scheduler(BATCHER, CACHE, worker.spec, num_blocks)
+    sizes = CacheSizes(num_blocks, worker.layout.block_bytes, worker.layout.kv_dtype)
+    scheduler = Scheduler(BATCHER, CACHE, worker.spec, sizes)
     return Run(worker if fault is None else Spoiler(worker, fault), scheduler)
 
 

@@ -1,42 +1,116 @@
-"""How many blocks the cache gets."""
+"""How many blocks each tier of the cache gets."""
 
 import pytest
 
-from rillgate_server.errors import OutOfMemory
-from rillgate_server.replica.cache_size import CacheDemand, choose_num_blocks
+from rillgate_server.config.groups import CacheConfig
+from rillgate_server.core.model_spec import CacheSizes
+from rillgate_server.errors import ConfigError, OutOfMemory
+from rillgate_server.replica.cache_size import CacheDemand, FreeMemory, choose_cache_sizes
 
-HUGE = CacheDemand(max_context_tokens=1 << 20, max_running=4096, block_size_tokens=16)
-
-
-def test_a_configured_size_is_used_up_to_the_last_whole_block() -> None:
-    """1000 bytes hold nine blocks of 110."""
-    assert choose_num_blocks(1000, 5000, 110, HUGE) == 9
-
-
-def test_a_size_that_is_not_free_says_needed_and_free() -> None:
-    """More than there is: both numbers are in the message."""
-    with pytest.raises(OutOfMemory, match=r"cache\.memory_bytes.*5001 bytes.*5000 bytes"):
-        choose_num_blocks(5001, 5000, 110, HUGE)
+BLOCK_BYTES = 100_000
+CONTEXT = CacheDemand(100, 4096, 16, BLOCK_BYTES, "bfloat16")
+"""Seven blocks for a request of the context length."""
+MEGABYTE = 1_000_000
 
 
-def test_a_size_below_one_block_says_so() -> None:
-    """A cache must hold a block."""
-    with pytest.raises(OutOfMemory, match=r"one cache block.*110 bytes.*109 bytes"):
-        choose_num_blocks(109, 5000, 110, HUGE)
+def sizes(
+    device: str, host: str, free: FreeMemory, demand: CacheDemand = CONTEXT
+) -> tuple[int, int]:
+    """Return the blocks of both tiers."""
+    chosen = choose_cache_sizes(CacheConfig(device, host), free, demand)
+    assert (chosen.block_bytes, chosen.kv_dtype) == (demand.block_bytes, demand.kv_dtype)
+    return chosen.num_device_blocks, chosen.num_host_blocks
 
 
-def test_nothing_configured_takes_half_of_what_is_free() -> None:
-    """10,000 free bytes give 50 blocks of 100."""
-    assert choose_num_blocks(None, 10_000, 100, HUGE) == 50
+def on_cpu(num_bytes: int) -> FreeMemory:
+    """One memory for both tiers."""
+    return FreeMemory(num_bytes, num_bytes, is_shared=True)
 
 
-def test_nothing_configured_takes_no_more_than_is_useful() -> None:
+def on_gpu(device_bytes: int, host_bytes: int) -> FreeMemory:
+    """A GPU's memory and the host's."""
+    return FreeMemory(device_bytes, host_bytes, is_shared=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "free", "expected"),
+    [
+        ("950KB", "0", on_cpu(5 * MEGABYTE), (9, 0)),
+        ("950KB", "1.99MB", on_cpu(5 * MEGABYTE), (9, 19)),
+        ("0.4", "0.5", on_cpu(10 * MEGABYTE), (40, 50)),
+        ("0.4", "0.5", on_gpu(10 * MEGABYTE, 20 * MEGABYTE), (40, 100)),
+        ("auto", "auto", on_cpu(10 * MEGABYTE), (50, 0)),
+        ("auto", "4MB", on_cpu(10 * MEGABYTE), (30, 40)),
+        ("auto", "auto", on_gpu(10 * MEGABYTE, 20 * MEGABYTE), (50, 100)),
+        ("auto", "auto", on_gpu(10 * MEGABYTE, MEGABYTE), (50, 0)),
+        ("auto", "20MB", on_gpu(10 * MEGABYTE, 20 * MEGABYTE), (50, 200)),
+        ("5MB", "5MB", on_cpu(10 * MEGABYTE), (50, 50)),
+        ("700KB", "700KB", on_cpu(10 * MEGABYTE), (7, 7)),
+    ],
+)
+def test_sizes_are_whole_blocks_of_what_is_configured_or_free(
+    device: str, host: str, free: FreeMemory, expected: tuple[int, int]
+) -> None:
+    """Bytes, fractions and auto, for one memory and for two; a GPU's host tier never takes from the
+    device tier, a CPU's does."""
+    assert sizes(device, host, free) == expected
+
+
+def test_auto_takes_no_more_than_is_useful() -> None:
     """Two choices with a context of 33 tokens hold three blocks each; twice that is 12."""
-    demand = CacheDemand(max_context_tokens=33, max_running=2, block_size_tokens=16)
-    assert choose_num_blocks(None, 1 << 40, 100, demand) == 12
+    demand = CacheDemand(33, 2, 16, BLOCK_BYTES, "int8")
+    assert sizes("auto", "auto", on_cpu(1 << 40), demand) == (12, 0)
 
 
-def test_too_little_free_memory_is_said_at_the_start() -> None:
-    """Sixteen blocks of 100 in half of the memory need 3200 bytes."""
-    with pytest.raises(OutOfMemory, match=r"3200 bytes.*3100 bytes"):
-        choose_num_blocks(None, 3100, 100, HUGE)
+@pytest.mark.parametrize(
+    ("device", "host", "free", "says"),
+    [
+        ("6MB", "0", on_cpu(5 * MEGABYTE), r"cache\.device_memory needs .*6000000.*5000000"),
+        ("auto", "6MB", on_cpu(5 * MEGABYTE), r"cache\.host_memory needs .*6000000.*5000000"),
+        (
+            "3MB",
+            "0.5",
+            on_cpu(5 * MEGABYTE),
+            r"cache\.device_memory and cache\.host_memory together needs .*5500000.*5000000",
+        ),
+        ("6MB", "1MB", on_gpu(5 * MEGABYTE, 9 * MEGABYTE), r"device_memory needs .*6000000.*500000"),
+        ("1MB", "9MB", on_gpu(50 * MEGABYTE, MEGABYTE), r"host_memory needs .*9000000.*1000000"),
+    ],
+)
+def test_a_size_that_is_not_free_says_needed_and_free(
+    device: str, host: str, free: FreeMemory, says: str
+) -> None:
+    """Each tier alone, and both where they share a memory."""
+    with pytest.raises(OutOfMemory, match=says):
+        sizes(device, host, free)
+
+
+def test_a_device_tier_below_one_request_of_the_context_length_is_refused() -> None:
+    """Six blocks where seven are needed: the numbers, and the other way out."""
+    with pytest.raises(ConfigError) as caught:
+        sizes("699KB", "0", on_cpu(10 * MEGABYTE))
+    assert str(caught.value) == (
+        "cache.device_memory is '699KB': 6 blocks of 100000 bytes, but one request of the context "
+        "length, 100 tokens, needs 7 blocks, 700000 bytes; allowed: at least that, or a lower "
+        "model.max_context_tokens"
+    )
+
+
+def test_an_automatic_device_tier_below_it_says_what_was_free() -> None:
+    """Half of 1.3 MB is six blocks; so is half of what a host tier of 1 MB leaves of 2.3 MB."""
+    for host, free in (("0", on_cpu(1_300_000)), ("1MB", on_cpu(2_300_000))):
+        with pytest.raises(ConfigError, match=r"half of the 1300000 bytes.*6 blocks.*needs 7 bl"):
+            sizes("auto", host, free)
+
+
+def test_a_host_tier_below_it_is_refused_too() -> None:
+    """A request that is swapped must have room there, whoever else is."""
+    with pytest.raises(ConfigError, match=r"cache\.host_memory is '699KB': 6 .*or 0 for no host"):
+        sizes("1MB", "699KB", on_cpu(10 * MEGABYTE))
+
+
+def test_the_cache_type_is_the_layout_s() -> None:
+    """It is what a replica tells its gateway."""
+    demand = CacheDemand(16, 1, 16, BLOCK_BYTES, "int8")
+    chosen = choose_cache_sizes(CacheConfig("1MB", "0"), on_cpu(10 * MEGABYTE), demand)
+    assert chosen == CacheSizes(10, BLOCK_BYTES, "int8", 0)

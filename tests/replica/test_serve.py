@@ -201,7 +201,7 @@ async def test_a_port_in_use_is_one_line_and_exit_code_2() -> None:
 
 async def test_a_cache_that_does_not_fit_says_needed_and_free() -> None:
     """The replica finds out, the supervisor ends with its line and exit code 2."""
-    async with serve("--set", f"cache.memory_bytes={1 << 49}") as server:
+    async with serve("--set", f"cache.device_memory={1 << 49}") as server:
         assert await server.wait_exit() == 2
         said = [line for line in server.lines if line.startswith("rillgate: ")]
         assert len(said) == 1

@@ -25,6 +25,7 @@ DEADLINE_S = 30.0
 SCRIPT = """
     import sys, time
     from rillgate_server.config.settings import load_settings
+    from rillgate_server.core.model_spec import CacheSizes
     from rillgate_server.engine.testing import FakeExecutor, FakeModel
     from rillgate_server.errors import RillgateError
     from rillgate_server.replica.serving import serve_engine
@@ -36,10 +37,11 @@ SCRIPT = """
         if fault == "broken":
             raise RuntimeError("the device is gone")
     executor = FakeExecutor(64, 16, FakeModel(SPEC.vocab_size), before_step=before_step)
+    sizes = CacheSizes(64, 1024, "float32")
     grace = "0" if fault == "impatient" else "20"
     settings = load_settings(None, {"replica": {"socket": socket, "drain_grace_s": grace}})
     try:
-        sys.exit(serve_engine(settings, SPEC, 64, executor))
+        sys.exit(serve_engine(settings, SPEC, sizes, executor))
     except RillgateError as error:
         sys.exit(f"refused: {error}")
 """

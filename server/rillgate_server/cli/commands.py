@@ -98,7 +98,7 @@ _EPILOG = """settings, the later winning:
 examples:
   rillgate serve
   rillgate serve --listen 0.0.0.0:50051 --model ~/models/DeepSeek-R1-Distill-Qwen-1.5B
-  rillgate serve --set batcher.max_running=128 --set cache.memory_bytes=8589934592"""
+  rillgate serve --set batcher.max_running=128 --set cache.device_memory=8GiB"""
 
 
 def _add_listen(parser: argparse.ArgumentParser) -> None:

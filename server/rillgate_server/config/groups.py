@@ -6,6 +6,7 @@ come from (TOML, environment, flags) is config.settings' business.
 
 from dataclasses import dataclass, field
 
+from rillgate_server.config.memory_size import parse_memory_size
 from rillgate_server.errors import ConfigError
 
 MAX_MODEL_NAME_BYTES = 256
@@ -30,6 +31,15 @@ class BatcherConfig:
     """Requests in the queue. Higher: fewer refusals, longer waits."""
     max_waiting_tokens: int = 1_048_576
     """Prompt tokens in the queue. Higher: the same."""
+    max_queue_delay_ms: float = 0.0
+    """Wait of an idle replica for `preferred_batch_size` requests, 0 to 10,000 ms; 0: none. Higher:
+    fuller first steps, later first tokens."""
+    preferred_batch_size: int = 8
+    """Waiting choices at which an idle replica begins at once, 1 to 4096; counts only with a
+    `max_queue_delay_ms`. Higher: the same."""
+    aging_s: float = 30.0
+    """Time without a start after which a waiting priority class counts as one class higher, for one
+    choice, 0.1 to 86,400 s. Higher: a stricter order of classes, longer waits for the lowest."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
@@ -38,6 +48,9 @@ class BatcherConfig:
         _check("batcher.max_running", self.max_running, 1, 4096)
         _check("batcher.max_waiting_requests", self.max_waiting_requests, 1, 1 << 20)
         _check("batcher.max_waiting_tokens", self.max_waiting_tokens, 1, 1 << 40)
+        _check("batcher.max_queue_delay_ms", self.max_queue_delay_ms, 0, 10_000)
+        _check("batcher.preferred_batch_size", self.preferred_batch_size, 1, 4096)
+        _check("batcher.aging_s", self.aging_s, 0.1, 86_400)
         if self.max_step_tokens < self.max_running:
             raise ConfigError(
                 f"batcher.max_step_tokens is {self.max_step_tokens}; allowed: at least "
@@ -47,11 +60,24 @@ class BatcherConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """The key/value cache's device tier."""
+    """The key/value cache's two tiers."""
 
-    memory_bytes: int | None = None
-    """Bytes for the cache, 64 KiB to 1 PiB; unset: half of the free memory, but no more than the
-    running batch can use."""
+    device_memory: str = "auto"
+    """Of the device tier: bytes (`8589934592`, `8GiB`, `500MB`; 64 KiB to 1 PiB), a fraction of the
+    free memory (`0.4`), or auto: half of what is free, but no more than the running batch can
+    use."""
+    host_memory: str = "auto"
+    """Of the host tier, like the device tier's; 0: no host tier; auto: on GPU machines half of the
+    free memory, elsewhere none (both tiers would be the same memory)."""
+    kv_dtype: str = "auto"
+    """Of cached keys and values: auto (the model's) or int8 (with a scale per token and head: half
+    the memory of bfloat16, slightly different answers)."""
+    load_policy: str = "auto"
+    """What is done with a hit in the host tier: auto (load the part that is predicted to be faster
+    than computing it), load (always all of it) or recompute (never)."""
+    audit: bool = False
+    """Checksums every block on its way to the host tier and back, and computes anew what does not
+    match. Costs about a tenth of a second per 100 MB copied."""
     block_size_tokens: int = 16
     """Tokens per block, 1 to 256. Higher: less bookkeeping, coarser prefix hits."""
     prefix_caching: bool = True
@@ -59,9 +85,11 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
+        parse_memory_size("cache.device_memory", self.device_memory, may_be_zero=False)
+        parse_memory_size("cache.host_memory", self.host_memory, may_be_zero=True)
         _check("cache.block_size_tokens", self.block_size_tokens, 1, 256)
-        if self.memory_bytes is not None:
-            _check("cache.memory_bytes", self.memory_bytes, 1 << 16, 1 << 50)
+        _check_choice("cache.kv_dtype", self.kv_dtype, ("auto", "int8"))
+        _check_choice("cache.load_policy", self.load_policy, ("auto", "load", "recompute"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +102,14 @@ class ModelConfig:
     """What callers ask for, at most 256 bytes; empty: the directory's name."""
     dtype: str = "auto"
     """Of weights and computation: auto (the checkpoint's own), bfloat16 or float32."""
+    max_context_tokens: int = 0
+    """Prompt and answer together, 0 to 16,777,216; 0: the checkpoint's own, which is also the most.
+    Higher: longer conversations, and a larger cache at least: each tier must hold one of them."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
         _check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        _check("model.max_context_tokens", self.max_context_tokens, 0, 1 << 24)
         if len(self.name.encode()) > MAX_MODEL_NAME_BYTES or "@" in self.name:
             raise ConfigError(
                 f"model.name is {self.name[:100]!r}; allowed: at most {MAX_MODEL_NAME_BYTES} "

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
         extra="forbid",
         env_prefix=ENVIRONMENT_PREFIX,
         env_nested_delimiter=_DELIMITER,
+        coerce_numbers_to_str=True,  # cache.device_memory = 0.4
     )
 
     model: ModelConfig = ModelConfig()

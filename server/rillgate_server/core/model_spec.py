@@ -5,7 +5,9 @@ cannot disagree. Does not know tensors.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from rillgate_server.errors import ConfigError
 
 SEGMENT_ALIGNMENT_BYTES = 256
 """Keys and values start at multiples of this: a warp's vector load on a GPU, four cache lines."""
@@ -136,3 +138,12 @@ class ModelSpec:
     """The model's own ends of sequence."""
     dtype: str
     """Of the weights and of the computation."""
+
+    def with_context_of(self, max_context_tokens: int) -> "ModelSpec":
+        """Return it with a shorter context, 0: with its own; raises ConfigError for a longer."""
+        if max_context_tokens > self.max_context_tokens:
+            raise ConfigError(
+                f"model.max_context_tokens is {max_context_tokens}; allowed: 0 to the "
+                f"checkpoint's {self.max_context_tokens}"
+            )
+        return replace(self, max_context_tokens=max_context_tokens or self.max_context_tokens)

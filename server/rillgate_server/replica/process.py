@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from rillgate_server.config.settings import Settings
+from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.errors import ConfigError
-from rillgate_server.replica.cache_size import CacheDemand, choose_num_blocks
+from rillgate_server.replica.cache_size import CacheDemand, FreeMemory, choose_cache_sizes
 from rillgate_server.replica.progress import loading_progress
 from rillgate_server.replica.serving import serve_engine
 from rillgate_server.service.log_events import configure_logging
@@ -37,12 +38,17 @@ def run_replica(settings: Settings, model_dir: Path) -> int:
     # sleep at every barrier (a decode step then takes 33 instead of 20 ms on two cores).
     with ThreadPoolExecutor(max_workers=1) as loading:
         worker = loading.submit(_load_worker, settings, model_dir).result()
-        num_blocks = loading.submit(_allocate_cache, settings, worker).result()
+        spec = replace(worker.spec, name=settings.model.name or worker.spec.name).with_context_of(
+            settings.model.max_context_tokens
+        )
+        sizes = loading.submit(_allocate_cache, settings, spec, worker).result()
     # What is loaded stays: the collector need not walk it in the middle of a step, nor at the end,
     # where it took a second for torch's and transformers' objects.
     gc.freeze()
-    spec = replace(worker.spec, name=settings.model.name or worker.spec.name)
-    return serve_engine(settings, spec, num_blocks, worker)
+    try:
+        return serve_engine(settings, spec, sizes, worker)
+    finally:
+        worker.close()
 
 
 def _load_worker(settings: Settings, model_dir: Path) -> Worker:
@@ -51,6 +57,7 @@ def _load_worker(settings: Settings, model_dir: Path) -> Worker:
         dtype=settings.model.dtype,
         num_threads=settings.replica.num_threads or len(os.sched_getaffinity(0)),
         block_size_tokens=settings.cache.block_size_tokens,
+        kv_dtype=settings.cache.kv_dtype,
     )
     with loading_progress(sys.stdout, sys.stderr) as on_progress:
         worker = Worker.load(model_dir, options, on_progress)
@@ -58,22 +65,27 @@ def _load_worker(settings: Settings, model_dir: Path) -> Worker:
     return worker
 
 
-def _allocate_cache(settings: Settings, worker: Worker) -> int:
-    num_blocks = choose_num_blocks(
-        settings.cache.memory_bytes,
-        available_bytes(),
-        worker.layout.block_bytes,
+def _allocate_cache(settings: Settings, spec: ModelSpec, worker: Worker) -> CacheSizes:
+    free_bytes = available_bytes()
+    sizes = choose_cache_sizes(
+        settings.cache,
+        FreeMemory(free_bytes, free_bytes, is_shared=True),  # the worker computes on CPUs
         CacheDemand(
-            worker.spec.max_context_tokens,
+            spec.max_context_tokens,
             settings.batcher.max_running,
             settings.cache.block_size_tokens,
+            worker.layout.block_bytes,
+            worker.layout.kv_dtype,
         ),
     )
-    worker.allocate_cache(num_blocks)
-    _log.info(
-        "the cache has %d blocks of %d tokens, %.1f MiB",
-        num_blocks,
-        settings.cache.block_size_tokens,
-        num_blocks * worker.layout.block_bytes / 2**20,
-    )
-    return num_blocks
+    worker.allocate_cache(sizes.num_device_blocks, sizes.num_host_blocks, settings.cache.audit)
+    for tier, num_blocks in (("device", sizes.num_device_blocks), ("host", sizes.num_host_blocks)):
+        _log.info(
+            "the cache's %s tier has %d blocks of %d tokens, %.1f MiB in %s",
+            tier,
+            num_blocks,
+            settings.cache.block_size_tokens,
+            num_blocks * sizes.block_bytes / 2**20,
+            sizes.kv_dtype,
+        )
+    return sizes

@@ -20,7 +20,7 @@ from rillgate_proto.v1 import engine_pb2_grpc
 from rillgate_server.config.settings import Settings
 from rillgate_server.core.block_hash import HASH_SCHEME
 from rillgate_server.core.clock import SystemClock
-from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.welcome import Welcome
 from rillgate_server.engine.engine import Engine
 from rillgate_server.engine.engine_loop import EngineLoop
@@ -37,22 +37,20 @@ _ENGINE_STOP_S = 5.0  # for the step under way
 _LAST_WORDS_S = 0.5  # for streams to end once the service is closed
 
 
-def serve_engine(settings: Settings, spec: ModelSpec, num_blocks: int, executor: Executor) -> int:
-    """Serve `executor`, with a cache of `num_blocks`, to gateways; return the exit code.
+def serve_engine(settings: Settings, spec: ModelSpec, sizes: CacheSizes, executor: Executor) -> int:
+    """Serve `executor`, with a cache of `sizes`, to gateways; return the exit code.
 
     Raises ConfigError when the socket cannot be had.
     """
-    scheduler = Scheduler(settings.batcher, settings.cache, spec, num_blocks)
     _refuse_if_taken(Path(settings.replica.socket))
-    return asyncio.run(_serve(settings, spec, scheduler, executor))
+    return asyncio.run(_serve(settings, spec, sizes, executor))
 
 
-async def _serve(
-    settings: Settings, spec: ModelSpec, scheduler: Scheduler, executor: Executor
-) -> int:
+async def _serve(settings: Settings, spec: ModelSpec, sizes: CacheSizes, executor: Executor) -> int:
     clock = SystemClock()
-    service = EngineService(spec.eos_token_ids, _welcome(settings, spec), clock)
+    service = EngineService(spec.eos_token_ids, _welcome(settings, spec, sizes), clock)
     ended = _Ending()
+    scheduler = Scheduler(settings.batcher, settings.cache, spec, sizes)
     engine_loop = EngineLoop(
         Engine(scheduler, executor, clock), clock, service.on_event, ended.on_fatal
     )
@@ -108,7 +106,7 @@ async def _drain(service: EngineService, grace_s: float) -> None:
         _log.warning("%d requests did not finish in time", service.num_open_requests)
 
 
-def _welcome(settings: Settings, spec: ModelSpec) -> Welcome:
+def _welcome(settings: Settings, spec: ModelSpec, sizes: CacheSizes) -> Welcome:
     return Welcome(
         replica_id=f"{socket.gethostname()}-{os.getpid()}",
         incarnation=secrets.randbits(64),
@@ -119,7 +117,7 @@ def _welcome(settings: Settings, spec: ModelSpec) -> Welcome:
         max_context_tokens=spec.max_context_tokens,
         block_size_tokens=settings.cache.block_size_tokens,
         hash_scheme=HASH_SCHEME,
-        kv_dtype=spec.dtype,
+        kv_dtype=sizes.kv_dtype,
         max_running=settings.batcher.max_running,
     )
 
