@@ -32,7 +32,10 @@ class _Copy:
     hashes: tuple[bytes, ...]
     """Of the pairs."""
     parents: tuple[bytes | None, ...]
+    own_s: float
+    """Predicted for the copy itself."""
     predicted_s: float
+    """Predicted until its end: also for those before it."""
     waiters: list[BlockTable] = field(default_factory=list)
     taken_s: float = 0.0
 
@@ -72,7 +75,7 @@ class CopyTraffic:
     def load_s(self, num_blocks: int) -> float:
         """Predict when so many blocks, asked for now, are there; 0 while nothing was measured."""
         own_s = self._costs.load_s(num_blocks * self._block_bytes)
-        return own_s and own_s + sum(copy.predicted_s for copy in self._copies.values())
+        return own_s and own_s + sum(copy.own_s for copy in self._copies.values())
 
     # -- begin ------------------------------------------------------------------------------------
 
@@ -139,15 +142,14 @@ class CopyTraffic:
     ) -> _Copy:
         self._last_id += 1
         num_bytes = len(pairs) * self._block_bytes
+        is_load = direction is CopyDirection.HOST_TO_DEVICE
+        own_s = self._costs.load_s(num_bytes) if is_load else self._costs.store_s(num_bytes)
+        predicted_s = self.load_s(len(pairs)) if is_load else own_s
         checksums = None
-        if direction is CopyDirection.HOST_TO_DEVICE:
-            predicted_s = self.load_s(len(pairs))
-            if self._checksums:
-                checksums = tuple(self._checksums[source] for source, _ in pairs)
-        else:
-            predicted_s = self._costs.store_s(num_bytes)
+        if is_load and self._checksums:
+            checksums = tuple(self._checksums[source] for source, _ in pairs)
         job = CopyJob(self._last_id, direction, pairs, checksums)
-        copy = self._copies[self._last_id] = _Copy(job, hashes, parents, predicted_s)
+        copy = self._copies[self._last_id] = _Copy(job, hashes, parents, own_s, predicted_s)
         self._untaken.append(copy)
         return copy
 
