@@ -272,3 +272,16 @@ def test_a_failing_event_handler_ends_the_engine_instead_of_a_silent_thread() ->
     assert done.wait(WAIT_S)
     assert loop.stop(WAIT_S)
     assert isinstance(fatal[0], ConnectionError)
+
+
+def test_a_flush_happens_between_steps_and_says_how_much() -> None:
+    """What is cached and unused is forgotten; who cancelled the flush does not stop the engine."""
+    with running(SMALL) as harness:
+        harness.submit(make_request(1, prompt=range(10, 30), max_tokens=4))
+        harness.wait_for(lambda: harness.has_ended(1))
+        assert harness.loop.flush_cache().result(WAIT_S).num_device_blocks == 5
+        assert harness.loop.flush_cache().result(WAIT_S).num_device_blocks == 0
+        harness.loop.flush_cache().cancel()
+        harness.submit(make_request(2))
+        harness.wait_for(lambda: harness.has_ended(2))
+    assert harness.loop.flush_cache().cancelled(), "an engine that has ended flushes nothing"

@@ -210,7 +210,8 @@ class EngineLoop:
             case _Drain():
                 self._engine.scheduler.drain()
             case _Flush():
-                command.flushed.set_result(self._engine.scheduler.flush_cache())
+                if command.flushed.set_running_or_notify_cancel():
+                    command.flushed.set_result(self._engine.scheduler.flush_cache())
             case _Stop():
                 self._is_stopping = True
 
