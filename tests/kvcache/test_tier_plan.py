@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rillgate_server.core.step import CopyDirection
 from rillgate_server.kvcache.cost_model import CostModel, StepWork
 from rillgate_server.kvcache.tier_plan import (
+    FIRST_STORE_BLOCKS,
     MAX_STORE_BLOCKS,
     PROBE_BLOCKS,
     PROBE_INTERVAL,
@@ -158,6 +159,7 @@ def test_little_is_saved_while_loading_does_not_pay() -> None:
     slow = measured(BLOCK_COMPUTE_S * 10)
     assert plan(slow).max_store_blocks() == PROBE_BLOCKS
     assert plan(slow, "load").max_store_blocks() == MAX_STORE_BLOCKS
+    assert plan(CostModel()).max_store_blocks() == FIRST_STORE_BLOCKS
     assert plan(measured(BLOCK_COMPUTE_S / 10)).max_store_blocks() == MAX_STORE_BLOCKS
 
 

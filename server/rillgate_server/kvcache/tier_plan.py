@@ -25,6 +25,9 @@ PROBE_INTERVAL = 32
 """Every so many times that computing is predicted to pay, a little is loaded all the same: without
 loads nobody would see the copies become fast again."""
 PROBE_BLOCKS = 4
+FIRST_STORE_BLOCKS = 8
+"""Of a store while nothing is measured: a host tier that turns out slow withholds no more from
+newcomers."""
 _DEFAULT_REUSE_THRESHOLD = 2  # while nothing is measured
 
 
@@ -155,11 +158,13 @@ class TierPlan:
 
     def max_store_blocks(self) -> int:
         """Return how many blocks one store may have: few while loading does not pay."""
+        if self._policy.load_policy != "auto":
+            return MAX_STORE_BLOCKS
         load_s = self._load_s(MAX_STORE_BLOCKS)
         compute_s = self._costs.prefill_s(0, MAX_STORE_BLOCKS * self._policy.block_size_tokens)
-        is_auto = self._policy.load_policy == "auto"
-        pays = not is_auto or not compute_s or load_s <= compute_s
-        return MAX_STORE_BLOCKS if pays else PROBE_BLOCKS
+        if not load_s or not compute_s:
+            return FIRST_STORE_BLOCKS
+        return MAX_STORE_BLOCKS if load_s <= compute_s else PROBE_BLOCKS
 
     def reuse_threshold(self) -> int:
         """Return after how many hits saving a block pays at once, though it is in use.
