@@ -13,7 +13,7 @@ from time import perf_counter
 
 from benchmarks.results_file import write_results
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
-from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.request import ChoiceStart, Request
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import StepPlan, StepResult
@@ -39,7 +39,7 @@ class Pool:
             BatcherConfig(max_running=num_running, max_step_tokens=1 << 16),
             CacheConfig(),
             SPEC,
-            num_blocks,
+            CacheSizes(num_blocks, block_bytes=1, kv_dtype=SPEC.dtype),
         )
         self._num_requests = 0
         self._submit(num_blocks * CacheConfig().block_size_tokens, 1)
