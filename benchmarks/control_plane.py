@@ -159,8 +159,8 @@ class Lookup:
 
     def _copy(self) -> int:
         """End all copies that were decided; return how many."""
-        jobs = self._manager.take_copies(0.0)
-        self._manager.copies_done(done(jobs), 0.0)
+        jobs = self._manager.take_copies()
+        self._manager.copies_done(done(jobs))
         return len(jobs)
 
 
