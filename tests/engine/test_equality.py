@@ -1,10 +1,11 @@
 """The whole engine over a real worker generates exactly what transformers' `generate` gives.
 
-Small budgets and a small cache, so that chunking, preemption and prefix hits really happen; the
-planner-driven tests of the worker show that the comparison can fail.
+Small budgets and a small cache, so that chunking, preemption, swapping and prefix hits really
+happen; the planner-driven tests of the worker show that the comparison can fail.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -14,7 +15,7 @@ from rillgate_server.core.clock import VirtualClock
 from rillgate_server.core.model_spec import CacheSizes
 from rillgate_server.core.request import ChoiceStart, Request
 from rillgate_server.core.sampling_params import SamplingParams
-from rillgate_server.core.step import StepOutput, StepPlan, StepResult, TokenLogprobs
+from rillgate_server.core.step import CopyDirection, StepOutput, StepPlan, StepResult, TokenLogprobs
 from rillgate_server.engine.engine import Engine
 from rillgate_server.engine.executor import Executor
 from rillgate_server.scheduler.scheduler import Scheduler
@@ -36,6 +37,8 @@ Fault = Callable[[StepPlan], StepPlan]
 
 BATCHER = BatcherConfig(max_step_tokens=24, max_prefill_chunk_tokens=13, max_running=8)
 CACHE = CacheConfig(block_size_tokens=BLOCK_SIZE)
+SWAPPING = CacheConfig(block_size_tokens=BLOCK_SIZE, load_policy="load", audit=True)
+NUM_HOST_BLOCKS = 200
 
 
 class Recorder:
@@ -160,6 +163,32 @@ def worst_logprob_error(got: Got, reference: Reference) -> float:
     )
 
 
+@contextmanager
+def swapping_run(
+    checkpoint: MakeCheckpoint, kind: str, fault: Fault | None = None
+) -> Iterator[Run]:
+    """Give an engine whose small device tier has a host tier beside it."""
+    worker = load_worker(checkpoint(kind))
+    is_audited = fault is None  # a checksum would show the fault before the tokens do
+    worker.allocate_cache(NUM_BLOCKS, NUM_HOST_BLOCKS, is_audited)
+    sizes = CacheSizes(
+        NUM_BLOCKS, worker.layout.block_bytes, worker.layout.kv_dtype, NUM_HOST_BLOCKS
+    )
+    cache = replace(SWAPPING, audit=is_audited)
+    scheduler = Scheduler(BATCHER, cache, worker.spec, sizes)
+    with closing(worker):
+        yield Run(worker if fault is None else Spoiler(worker, fault), scheduler)
+
+
+def ask_twice(run: Run, num_prompts: int) -> None:
+    """Ask every prompt, and again when the first ones are long gone from the device tier."""
+    for first_id in (0, 100):
+        for i in range(num_prompts):
+            run.add(greedy_request(first_id + i, mixed_prompts()[i]))
+            run.step()
+        run.finish()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_batch_through_the_engine_gets_the_tokens_of_generate(
     kind: str, checkpoint: MakeCheckpoint, reference: MakeReference
@@ -236,6 +265,53 @@ def test_the_same_prompts_again_hit_the_cache_and_get_the_same_tokens(
     for first_id in (0, 100):
         got = [run.got[first_id + i, 0] for i in range(len(expected))]
         assert differences(run, got, expected) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_swapped_choices_and_prefixes_from_the_host_tier_get_the_tokens_of_generate(
+    kind: str, checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """Every layout of keys and values goes out and comes back whole."""
+    _, expected = reference(kind)
+    with swapping_run(checkpoint, kind) as run:
+        ask_twice(run, len(expected))
+        load = run.scheduler.load(run.clock.now())
+        assert load.decisions.num_swap_preemptions > 0
+        assert load.copies.num_loaded_blocks > 20
+        assert (load.copies.num_refused_blocks, load.copies.num_failed_blocks) == (0, 0)
+        assert load.device.num_blocks_used == 0
+        for first_id in (0, 100):
+            got = [run.got[first_id + i, 0] for i in range(len(expected))]
+            assert differences(run, got, expected) == []
+
+
+def next_source(plan: StepPlan) -> StepPlan:
+    """Load each block from the host block beside the right one."""
+    return replace(
+        plan,
+        copies=tuple(
+            replace(
+                job,
+                pairs=tuple(((s + 1) % NUM_HOST_BLOCKS, target) for s, target in job.pairs),
+            )
+            if job.direction is CopyDirection.HOST_TO_DEVICE
+            else job
+            for job in plan.copies
+        ),
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "deepseek_v3"])
+def test_a_block_loaded_from_a_wrong_place_is_seen_through_the_engine(
+    kind: str, checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """The comparison above turns red when loads are off by one."""
+    _, expected = reference(kind)
+    with swapping_run(checkpoint, kind, fault=next_source) as run:
+        ask_twice(run, len(expected))
+        assert run.scheduler.load(run.clock.now()).copies.num_loaded_blocks > 20
+        got = [run.got[100 + i, 0] for i in range(len(expected))]
+        assert differences(run, got, expected)
 
 
 def test_a_continuation_through_the_engine_goes_on_where_it_stopped(

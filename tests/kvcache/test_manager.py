@@ -74,13 +74,13 @@ class Cache:
         """Begin to save what should be saved; return the copies that begin now."""
         self.manager.plan_stores(0)
         self.check()
-        return self.manager.take_copies(0.0)
+        return self.manager.take_copies()
 
     def end(self, job: CopyJob, *failed_pairs: int, checksums: tuple[int, ...] = ()) -> None:
         """Report a copy."""
         num_bytes = BLOCK_BYTES * (len(job.pairs) - len(failed_pairs))
         done = CopyDone(job.copy_id, failed_pairs, num_bytes, 1e-3, checksums)
-        self.manager.copies_done([done], 0.0)
+        self.manager.copies_done([done])
         self.check()
 
     def save(self) -> int:
@@ -378,13 +378,15 @@ def test_a_host_tier_that_is_not_wanted_stays_empty() -> None:
     assert cache.manager.tier_loads()[1].num_blocks_free == 16
 
 
-@pytest.mark.parametrize(("load_s", "num_hit"), [(1e-6, 12), (10.0, 0)])
-def test_auto_loads_what_is_faster_than_computing(load_s: float, num_hit: int) -> None:
-    """Fitted costs decide, once there are some; both ways are counted."""
+@pytest.mark.parametrize(("num_slow_copies", "num_hit"), [(0, 12), (20, 0)])
+def test_auto_loads_what_is_faster_than_computing(num_slow_copies: int, num_hit: int) -> None:
+    """Fitted costs decide; twenty throttled copies change the decision. Both ways are counted."""
     cache = in_host_tier(load_policy="auto")
     for _ in range(50):
-        cache.costs.copy_done(IN, BLOCK_BYTES, load_s)
+        cache.costs.copy_done(IN, BLOCK_BYTES, 1e-4)
         cache.costs.step_done(StepWork(8, 36, 0, 0), 0.01)
+    for _ in range(num_slow_copies):
+        cache.costs.copy_done(IN, BLOCK_BYTES, 1e-1)
     assert cache.start(TOKENS)[1] == num_hit
     decisions = cache.manager.decisions()
     assert decisions.num_loaded_tokens == num_hit
