@@ -53,9 +53,9 @@ class LoadDecisions:
     num_loaded_tokens: int = 0
     num_recomputed_tokens: int = 0
     predicted_load_s: float = 0.0
-    """Summed over finished loads."""
+    """Of the copies themselves, summed over the loads that have ended."""
     actual_load_s: float = 0.0
-    """Summed over the same."""
+    """What the same copies took."""
     num_swap_preemptions: int = 0
     """Victims whose blocks went to the host tier."""
     num_recompute_preemptions: int = 0

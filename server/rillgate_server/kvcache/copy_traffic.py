@@ -32,12 +32,9 @@ class _Copy:
     hashes: tuple[bytes, ...]
     """Of the pairs."""
     parents: tuple[bytes | None, ...]
-    own_s: float
-    """Predicted for the copy itself."""
     predicted_s: float
-    """Predicted until its end: also for those before it."""
+    """For the copy itself, without the wait behind others."""
     waiters: list[BlockTable] = field(default_factory=list)
-    taken_s: float = 0.0
 
 
 class CopyTraffic:
@@ -53,7 +50,7 @@ class CopyTraffic:
         self.num_stores = 0
         """Stores that are not over."""
         self.predicted_load_s = 0.0
-        """Of all loads that are over, and what they took."""
+        """Of all loads that are over, and what they took: the copies themselves, without waits."""
         self.actual_load_s = 0.0
         self._tiers = tiers
         self._block_bytes = block_bytes
@@ -75,7 +72,7 @@ class CopyTraffic:
     def load_s(self, num_blocks: int) -> float:
         """Predict when so many blocks, asked for now, are there; 0 while nothing was measured."""
         own_s = self._costs.load_s(num_blocks * self._block_bytes)
-        return own_s and own_s + sum(copy.own_s for copy in self._copies.values())
+        return own_s and own_s + sum(copy.predicted_s for copy in self._copies.values())
 
     # -- begin ------------------------------------------------------------------------------------
 
@@ -143,13 +140,12 @@ class CopyTraffic:
         self._last_id += 1
         num_bytes = len(pairs) * self._block_bytes
         is_load = direction is CopyDirection.HOST_TO_DEVICE
-        own_s = self._costs.load_s(num_bytes) if is_load else self._costs.store_s(num_bytes)
-        predicted_s = self.load_s(len(pairs)) if is_load else own_s
+        predicted_s = self._costs.load_s(num_bytes) if is_load else self._costs.store_s(num_bytes)
         checksums = None
         if is_load and self._checksums:
             checksums = tuple(self._checksums[source] for source, _ in pairs)
         job = CopyJob(self._last_id, direction, pairs, checksums)
-        copy = self._copies[self._last_id] = _Copy(job, hashes, parents, own_s, predicted_s)
+        copy = self._copies[self._last_id] = _Copy(job, hashes, parents, predicted_s)
         self._untaken.append(copy)
         return copy
 
@@ -158,17 +154,15 @@ class CopyTraffic:
         table.pending_copies.add(copy.job.copy_id)
         copy.waiters.append(table)
 
-    def take(self, now: float) -> tuple[CopyJob, ...]:
+    def take(self) -> tuple[CopyJob, ...]:
         """Return the copies decided since the last call, for the plan that is being made."""
-        for copy in self._untaken:
-            copy.taken_s = now
         jobs = tuple(copy.job for copy in self._untaken)
         self._untaken.clear()
         return jobs
 
     # -- end --------------------------------------------------------------------------------------
 
-    def done(self, finished: CopyDone, now: float) -> None:
+    def done(self, finished: CopyDone) -> None:
         """Take in a copy's end. Unknown ids are our bug."""
         copy = self._copies.pop(finished.copy_id)
         direction, failed = copy.job.direction, frozenset(finished.failed_pairs)
@@ -177,7 +171,7 @@ class CopyTraffic:
         if direction is CopyDirection.HOST_TO_DEVICE:
             self._loaded(copy, failed)
             self.predicted_load_s += copy.predicted_s
-            self.actual_load_s += now - copy.taken_s
+            self.actual_load_s += finished.seconds
         else:
             self._stored(copy, failed, finished.checksums)
             self.num_stores -= 1

@@ -282,14 +282,14 @@ class KVCacheManager:
 
     # -- copies -----------------------------------------------------------------------------------
 
-    def take_copies(self, now: float) -> tuple[CopyJob, ...]:
+    def take_copies(self) -> tuple[CopyJob, ...]:
         """Return the copies decided since the last call, for the plan that is being made."""
-        return self._copies.take(now)
+        return self._copies.take()
 
-    def copies_done(self, finished: Iterable[CopyDone], now: float) -> None:
+    def copies_done(self, finished: Iterable[CopyDone]) -> None:
         """Take in copies that ended; tables that waited have no pending copies, or are broken."""
         for done in finished:
-            self._copies.done(done, now)
+            self._copies.done(done)
 
     # -- the state of things ----------------------------------------------------------------------
 

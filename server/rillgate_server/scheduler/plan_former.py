@@ -96,7 +96,7 @@ class PlanFormer:
         if not self.gathering_s(now):
             self._admit(draft, budget, now)
         batch.cache.plan_stores(self.store_headroom_blocks)
-        copies = batch.cache.take_copies(now)
+        copies = batch.cache.take_copies()
         if not draft.rows and not batch.cache.has_copies:
             return None
         for sequence in draft.sequences:

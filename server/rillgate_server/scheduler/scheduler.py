@@ -141,7 +141,7 @@ class Scheduler:
         """
         opened = self._open
         assert opened is not None, "no plan is open"
-        self._cache.copies_done(result.finished_copies, now)  # first: they happened in any case
+        self._cache.copies_done(result.finished_copies)  # first: they happened in any case
         _check_result(opened, result)
         self._batch.plan_done(opened.sequences)
         failed = {row.slot: row.message for row in result.failed_rows}
