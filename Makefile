@@ -6,7 +6,7 @@ SETUP_DONE := .venv/.setup-done
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt proto bench bench-kv clean
+.PHONY: help setup demo test lint fmt proto bench bench-kv gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ proto: setup ## regenerate the code beside the .proto files
 
 bench: setup ## compare with transformers on this machine; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.compare_cpu
+
+gpu-check: setup ## check and measure what needs an NVIDIA GPU; says what it skipped without one
+	@$(BIN)/python -m pytest -q -r fE tests/gpu
 
 bench-kv: setup ## measure the two-tier cache and the control plane; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.kv_tiers && $(BIN)/python -m benchmarks.control_plane

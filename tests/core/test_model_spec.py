@@ -11,7 +11,9 @@ from rillgate_server.core.model_spec import (
     SCALE_ALIGNMENT_BYTES,
     SEGMENT_ALIGNMENT_BYTES,
     KVLayout,
+    ModelSpec,
 )
+from rillgate_server.errors import ConfigError
 
 Layers = tuple[tuple[tuple[int, ...], tuple[int, ...], int | None], ...]
 
@@ -78,3 +80,12 @@ def test_int8_takes_half_the_bytes_and_two_per_token_and_head(
     small = KVLayout.build(16, INT8, layers).block_bytes
     scales = num_layers * 16 * (key_shape[0] + value_shape[0]) * 2
     assert 0 <= small - (exact // 2 + scales) < SEGMENT_ALIGNMENT_BYTES
+
+
+def test_a_shorter_context_than_the_checkpoint_s_may_be_served() -> None:
+    """0 leaves it; a longer one than the model was made for is refused with both numbers."""
+    spec = ModelSpec("m", "", "", "LlamaForCausalLM", 100, 2048, (), "float32")
+    assert spec.with_context_of(0) == spec.with_context_of(2048) == spec
+    assert spec.with_context_of(256).max_context_tokens == 256
+    with pytest.raises(ConfigError, match=r"max_context_tokens is 2049; allowed: 0 to .* 2048"):
+        spec.with_context_of(2049)

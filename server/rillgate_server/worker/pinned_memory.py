@@ -3,6 +3,7 @@
 Owns the locking and what is said when it fails. Does not know blocks.
 """
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,10 @@ def pin_for_cuda(memory: Tensor) -> None:
     address = memory.data_ptr()
     code = int(runtime.cudaHostRegister(address, memory.numel(), 0))
     if code:
+        with contextlib.suppress(
+            RuntimeError
+        ):  # takes the error that CUDA keeps for the next kernel
+            torch.zeros(1, device="cuda").add_(1)
         raise OSError(f"cudaHostRegister gave error {code}")
     weakref.finalize(memory, runtime.cudaHostUnregister, address)
 
