@@ -15,6 +15,7 @@ import grpc
 import psutil
 import pytest
 
+from rillgate import AsyncClient
 from rillgate_proto.v1 import inference_pb2 as pb
 from rillgate_proto.v1 import inference_pb2_grpc
 
@@ -85,10 +86,12 @@ class Caller:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = inference_pb2_grpc.InferenceStub(channel)
 
-    async def count_tokens(self, num_tokens: int, first: asyncio.Event | None = None) -> int:
+    async def count_tokens(
+        self, num_tokens: int, first: asyncio.Event | None = None, summand: int = 12
+    ) -> int:
         """Ask for `num_tokens`; set `first` when one has arrived."""
         request = pb.GenerateRequest(
-            prompt="What is 12 + 30?",
+            prompt=f"What is {summand} + 30?",
             stopping=pb.StoppingParams(max_tokens=num_tokens, ignore_eos=True),
         )
         num_received = 0
@@ -181,6 +184,28 @@ async def _until(caller: Caller, wanted: grpc.StatusCode) -> None:
             assert code in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
 
 
+async def test_two_tiers_are_served_as_configured() -> None:
+    """Answers that do not fit the device tier together go through the host tier, checked."""
+    settings = (
+        *("model.max_context_tokens=256", "cache.kv_dtype=int8", "cache.audit=true"),
+        *("cache.device_memory=300KB", "cache.host_memory=2MB", "cache.load_policy=load"),
+    )
+    async with serve(*(part for setting in settings for part in ("--set", setting))) as server:
+        address = (await server.wait_line(_READY)).group(1)
+        async with grpc.aio.insecure_channel(address) as channel, AsyncClient(address) as client:
+            caller = Caller(channel)
+            calls = [caller.count_tokens(150, summand=summand) for summand in range(6)]
+            assert await asyncio.gather(*calls) == [150] * 6
+            assert [model.max_context_tokens for model in await client.models()] == [256]
+            assert await code_of(caller.count_tokens(256)) is grpc.StatusCode.INVALID_ARGUMENT
+            (replica,) = (await client.status()).replicas
+        assert 16 <= replica.device.num_blocks < 2 * 16  # one full context, and not two
+        assert replica.host.num_blocks > 6 * replica.device.num_blocks
+        assert replica.copies.num_stored_blocks > 0
+        assert replica.copies.num_loaded_blocks > 0
+        assert (replica.copies.num_failed_blocks, replica.copies.num_refused_blocks) == (0, 0)
+
+
 async def test_a_bad_checkpoint_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """No traceback, no second line, no child left."""
     async with serve("--model", str(tmp_path)) as server:
@@ -206,3 +231,14 @@ async def test_a_cache_that_does_not_fit_says_needed_and_free() -> None:
         said = [line for line in server.lines if line.startswith("rillgate: ")]
         assert len(said) == 1
         assert re.search(r"needs 524288\.00 GiB .* free: \d+\.\d\d GiB", said[0])
+
+
+async def test_a_tier_below_one_request_of_the_context_length_is_one_line() -> None:
+    """It says what is given, what is needed, and which setting asks for less."""
+    async with serve("--set", "cache.device_memory=1MB") as server:
+        assert await server.wait_exit() == 2
+        (said,) = [line for line in server.lines if line.startswith("rillgate: ")]
+        assert "cache.device_memory is '1MB': " in said
+        assert re.search(
+            r"2048 tokens, needs 128 blocks, \d+ bytes; .* model\.max_context_tok", said
+        )

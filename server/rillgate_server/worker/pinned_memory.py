@@ -18,7 +18,7 @@ Pin = Callable[[Tensor], None]
 
 
 def pin_for_cuda(memory: Tensor) -> None:
-    """Lock host memory for the GPU's copies. Costs about a second per 4 GB: all pages are touched.
+    """Lock host memory for the GPU's copies. Touches all pages, which takes seconds for a large tier.
 
     Not torch's `pin_memory`, whose allocator rounds up to a power of two and copies.
     """
@@ -26,9 +26,8 @@ def pin_for_cuda(memory: Tensor) -> None:
     address = memory.data_ptr()
     code = int(runtime.cudaHostRegister(address, memory.numel(), 0))
     if code:
-        with contextlib.suppress(
-            RuntimeError
-        ):  # takes the error that CUDA keeps for the next kernel
+        # CUDA keeps the error for whoever launches the next kernel.
+        with contextlib.suppress(RuntimeError):
             torch.zeros(1, device="cuda").add_(1)
         raise OSError(f"cudaHostRegister gave error {code}")
     weakref.finalize(memory, runtime.cudaHostUnregister, address)
