@@ -9,7 +9,7 @@ Never Python's `hash()`: it differs from process to process. A chain over 32k to
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 HASH_SCHEME = "blake2b-16/1"
@@ -39,5 +39,20 @@ def root_hash(
 
 def block_hash(parent: bytes, salt: bytes, token_ids: Sequence[int]) -> bytes:
     """Return the hash (16 bytes) of one full block that follows `parent`; `salt` has 16 bytes."""
-    data = parent + salt + struct.pack(f"<{len(token_ids)}I", *token_ids)
-    return blake2b(data, digest_size=_DIGEST_BYTES, person=_PERSON).digest()
+    return next(chained_hashes(parent, (salt,), token_ids))
+
+
+def chained_hashes(
+    parent: bytes, salts: Sequence[bytes], token_ids: Sequence[int]
+) -> Iterator[bytes]:
+    """Iterate over the hashes of full blocks that follow `parent`, one per salt.
+
+    The tokens are packed once: packing block by block takes longer than hashing.
+    """
+    data = struct.pack(f"<{len(token_ids)}I", *token_ids)
+    num_bytes = len(data) // len(salts)
+    for i, salt in enumerate(salts):
+        block = data[i * num_bytes : (i + 1) * num_bytes]
+        hashed = blake2b(parent + salt + block, digest_size=_DIGEST_BYTES, person=_PERSON)
+        parent = hashed.digest()
+        yield parent

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rillgate_server.core.block_hash import block_hash
+from rillgate_server.core.block_hash import chained_hashes
 from rillgate_server.core.request import NO_SALT
 
 
@@ -61,14 +61,13 @@ class BlockTable:
         self, token_ids: Sequence[int], num_blocks: int, block_size_tokens: int, root_hash: bytes
     ) -> None:
         """Continue the chain up to `num_blocks` full blocks."""
-        size = block_size_tokens
-        hashes = self.hashes
-        parent = hashes[-1] if hashes else root_hash
-        for i in range(len(hashes), num_blocks):
-            end = (i + 1) * size
-            salt = NO_SALT if end <= self.num_shared_tokens else self.salt
-            parent = block_hash(parent, salt, token_ids[i * size : end])
-            hashes.append(parent)
+        size, first = block_size_tokens, len(self.hashes)
+        if first >= num_blocks:
+            return
+        num_shared = self.num_shared_tokens // size
+        salts = [NO_SALT if i < num_shared else self.salt for i in range(first, num_blocks)]
+        parent = self.hashes[-1] if self.hashes else root_hash
+        self.hashes += chained_hashes(parent, salts, token_ids[first * size : num_blocks * size])
 
     def parent_of(self, position: int) -> bytes | None:
         """Return the hash that the one at `position` continues."""

@@ -46,7 +46,7 @@ class StartedTable:
 class KVCacheManager:
     """The cache's bookkeeping for one model.
 
-    State: the tiers, the copies, the reused hashes that are to be saved, and counters.
+    State: the tiers, the copies, the hashes that are wanted in the host tier, and counters.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class KVCacheManager:
         self._copies = CopyTraffic(self._tiers, policy.block_bytes, costs)
         self._policy = policy
         self._plan = TierPlan(policy, costs)
-        self._reused: dict[bytes, None] = {}  # hashes to be saved though they are in use
+        self._wanted: dict[bytes, None] = {}  # hashes to be saved though they may be in use
         self._num_device_hit_tokens = 0
 
     def __repr__(self) -> str:
@@ -91,11 +91,13 @@ class KVCacheManager:
         *,
         takes_hits: bool = True,
         headroom_blocks: int = 0,
+        num_delayed: float = 0.0,
     ) -> StartedTable | None:
         """Give an empty table the blocks of all its tokens.
 
         Returns None, and changes nothing, unless `headroom_blocks` would remain available. The
-        last token is never a hit: somebody needs its logits.
+        last token is never a hit: somebody needs its logits. `num_delayed`: as in
+        TierPlan.choose_cut.
         """
         assert not table.blocks
         available = self.pool.num_available - headroom_blocks
@@ -103,7 +105,10 @@ class KVCacheManager:
             return None  # as the last time; others' progress may have made it cheaper: a detail
         known = self._match(table, token_ids) if takes_hits else []
         cut = self._plan.choose_cut(
-            [device is not None for device, _ in known], len(token_ids), self._copies.load_s
+            [device is not None for device, _ in known],
+            len(token_ids),
+            self._copies.load_s,
+            num_delayed,
         )
         chain = known[:cut]
         hits = [device for device, _ in chain if device is not None]
@@ -155,9 +160,11 @@ class KVCacheManager:
         self._num_device_hit_tokens += num_hits * size
         if self._tiers.has_host:
             threshold = self._plan.reuse_threshold()
-            for block_hash, (_, host) in zip(table.hashes, chain, strict=False):
-                if host is None and self._tiers.note_reuse(block_hash) >= threshold:
-                    self._reused[block_hash] = None
+            self._want(
+                block_hash
+                for block_hash, (_, host) in zip(table.hashes, chain, strict=False)
+                if host is None and self._tiers.note_reuse(block_hash) >= threshold
+            )
         return StartedTable(len(chain) * size, (len(chain) - num_hits) * size)
 
     def try_grow(self, table: BlockTable, num_tokens: int) -> tuple[int, ...] | None:
@@ -179,6 +186,9 @@ class KVCacheManager:
         self._extend_hashes(table, token_ids, num_full)
         first, table.num_committed = table.num_committed, num_full
         self._offer(table, first)
+        if self._tiers.has_host and self._is_short_of_free_blocks and self._plan.saves_pay:
+            # In use until the end of its sequence, when there may be no time left to save it.
+            self._want(table.hashes[first:num_full])
 
     def free(self, table: BlockTable, *, is_saved_later: bool = True) -> None:
         """Give all blocks back; those in the index stay until their room is needed.
@@ -189,6 +199,9 @@ class KVCacheManager:
         # What another sequence had computed too may have been evicted since, under our own
         # continuation of it: offered again, the whole chain can be found.
         self._offer(table, table.num_hits)
+        if not is_saved_later:
+            for block_hash in table.hashes[: table.num_committed]:
+                self._wanted.pop(block_hash, None)
         self._tiers.release(table.blocks[::-1], is_saved_later=is_saved_later)
         table.blocks = []
         table.num_committed = 0
@@ -236,15 +249,26 @@ class KVCacheManager:
         """Whether a copy is not over, or `plan_stores` would begin one."""
         return self.has_copies or bool(self._oldest_unsaved(headroom_blocks))
 
+    @property
+    def _is_short_of_free_blocks(self) -> bool:
+        return self.pool.num_free < FREE_FRACTION * self.pool.num_blocks
+
     def plan_stores(self, headroom_blocks: int) -> None:
         """Begin to save blocks in the host tier, if it is time to.
 
         `headroom_blocks`: device blocks that must stay available, for running sequences are about
         to take them.
         """
-        if self._reused and self._copies.num_stores < MAX_STORES:
-            self._store(self._take_reused())
-        self._store(self._oldest_unsaved(headroom_blocks))
+        self._store(self._oldest_unsaved(headroom_blocks))  # first: they may be evicted next
+        if self._wanted and self._copies.num_stores < MAX_STORES:
+            self._store(self._take_wanted())
+
+    def _want(self, hashes: Iterable[bytes]) -> None:
+        """Note hashes to be saved; where saving does not keep up, the oldest wishes are dropped."""
+        self._wanted.update(dict.fromkeys(hashes))
+        num_over = len(self._wanted) - self.pool.num_blocks
+        for block_hash in list(islice(self._wanted, max(0, num_over))):
+            del self._wanted[block_hash]
 
     def _store(self, blocks: Sequence[int]) -> None:
         if blocks:
@@ -255,7 +279,7 @@ class KVCacheManager:
         pool, tiers = self.pool, self._tiers
         if not tiers.num_unsaved or self._copies.num_stores >= MAX_STORES:
             return []
-        if pool.num_free >= FREE_FRACTION * pool.num_blocks:
+        if not self._is_short_of_free_blocks:
             return []
         # A held block cannot be evicted, so the next ones in line are evicted instead. They must
         # not be what the held ones continue: those that go in any case are left out.
@@ -268,13 +292,13 @@ class KVCacheManager:
         )
         return tiers.oldest_unsaved(num_doomed, max(0, num_blocks))
 
-    def _take_reused(self) -> list[int]:
-        """Take blocks that were used again often enough to be saved before anybody evicts them."""
+    def _take_wanted(self) -> list[int]:
+        """Take blocks that are to be saved before anybody may evict them."""
         blocks: list[int] = []
         limit = min(self._plan.max_store_blocks(), self._tiers.host.num_available)
         # The newest first: a prefix's end is stored, and so evicted, before its beginning.
-        while self._reused and len(blocks) < limit:
-            block_hash, _ = self._reused.popitem()
+        while self._wanted and len(blocks) < limit:
+            block_hash, _ = self._wanted.popitem()
             block = self._tiers.index.find(Tier.DEVICE, block_hash)
             if block is not None and self._tiers.can_store(block):
                 blocks.append(block)

@@ -106,11 +106,17 @@ class TierPlan:
     # -- load or recompute ------------------------------------------------------------------------
 
     def choose_cut(
-        self, is_on_device: Sequence[bool], num_tokens: int, load_s: Callable[[int], float]
+        self,
+        is_on_device: Sequence[bool],
+        num_tokens: int,
+        load_s: Callable[[int], float],
+        num_delayed: float = 0.0,
     ) -> int:
         """Return how many blocks of a known chain are used; host blocks among them are loaded.
 
         `num_tokens`: of the whole sequence. `load_s`: blocks to load -> predicted seconds.
+        `num_delayed`: others who wait while this one is computed. A load delays nobody else, so
+        what is compared is the delay of all.
         """
         if all(is_on_device) or self._policy.load_policy == "load":
             return len(is_on_device)
@@ -122,7 +128,9 @@ class TierPlan:
         cut = cheapest_cut(
             is_on_device,
             load_s,
-            lambda num_used: costs.prefill_s(num_used * size, num_tokens - num_used * size),
+            lambda num_used: (
+                (1.0 + num_delayed) * costs.prefill_s(num_used * size, num_tokens - num_used * size)
+            ),
         ).num_blocks
         is_probe = (self._num_recomputes + 1) % PROBE_INTERVAL == 0
         if is_probe and not all(is_on_device[cut:]):
@@ -156,15 +164,24 @@ class TierPlan:
 
     # -- saving -----------------------------------------------------------------------------------
 
+    @property
+    def saves_pay(self) -> bool:
+        """Whether what is saved is worth loading: as predicted, or as the operator wants.
+
+        True while nothing is measured.
+        """
+        if self._policy.load_policy != "auto":
+            return self._policy.uses_host_tier
+        compute_s = self._compute_s(MAX_STORE_BLOCKS)
+        return not compute_s or self._load_s(MAX_STORE_BLOCKS) <= compute_s
+
     def max_store_blocks(self) -> int:
         """Return how many blocks one store may have: few while loading does not pay."""
         if self._policy.load_policy != "auto":
             return MAX_STORE_BLOCKS
-        load_s = self._load_s(MAX_STORE_BLOCKS)
-        compute_s = self._costs.prefill_s(0, MAX_STORE_BLOCKS * self._policy.block_size_tokens)
-        if not load_s or not compute_s:
+        if not self._load_s(MAX_STORE_BLOCKS) or not self._compute_s(MAX_STORE_BLOCKS):
             return FIRST_STORE_BLOCKS
-        return MAX_STORE_BLOCKS if load_s <= compute_s else PROBE_BLOCKS
+        return MAX_STORE_BLOCKS if self.saves_pay else PROBE_BLOCKS
 
     def reuse_threshold(self) -> int:
         """Return after how many hits saving a block pays at once, though it is in use.
@@ -172,14 +189,17 @@ class TierPlan:
         A block that was hit so often is taken to be hit as often again; evicted unsaved, it would
         be computed once more. So: hits x the cost of computing >= the cost of saving.
         """
-        compute_s = self._costs.prefill_s(0, self._policy.block_size_tokens)
-        store_s = self._costs.store_s(self._policy.block_bytes)
+        compute_s = self._compute_s(MAX_STORE_BLOCKS)
+        store_s = self._costs.store_s(MAX_STORE_BLOCKS * self._policy.block_bytes)
         if not compute_s or not store_s:
             return _DEFAULT_REUSE_THRESHOLD
         return max(1, ceil(store_s / compute_s))
 
     def _load_s(self, num_blocks: int) -> float:
         return self._costs.load_s(num_blocks * self._policy.block_bytes)
+
+    def _compute_s(self, num_blocks: int) -> float:
+        return self._costs.prefill_s(0, num_blocks * self._policy.block_size_tokens)
 
     def decisions(self) -> LoadDecisions:
         """Return the counters; what loads took is the copies' to say."""

@@ -173,7 +173,7 @@ class PlanFormer:
         batch, queue = self._batch, self._queue
         while budget > 0 and queue and batch.has_free_slot:
             sequence = queue.head(now)
-            if not batch.try_start(sequence):
+            if not batch.try_start(sequence, len(queue) - 1):
                 return
             taken = queue.pop(now)
             assert taken is sequence, (taken, sequence)

@@ -15,6 +15,10 @@ from rillgate_server.kvcache.manager import KVCacheManager
 from rillgate_server.scheduler.sequence import Sequence, SequenceState
 from rillgate_server.scheduler.slots import Slots
 
+DECODE_DELAY_WEIGHT = 0.3
+"""Of a delay to a running stream, against one to a first token. Of 0, 0.3 and 1 it gave the least
+time to the first token in simulated conversations over buses of 10 MB/s to 4 GB/s."""
+
 
 class RunningBatch:
     """Sequences in state RUNNING or LOADING, those of higher classes and of earlier arrival first.
@@ -49,8 +53,8 @@ class RunningBatch:
 
     # -- starting ---------------------------------------------------------------------------------
 
-    def try_start(self, sequence: Sequence) -> bool:
-        """Give a sequence its slot and all its blocks.
+    def try_start(self, sequence: Sequence, num_waiting: int = 0) -> bool:
+        """Give a sequence its slot and all its blocks. `num_waiting`: choices in the queue.
 
         It is RUNNING, or LOADING until all its blocks are there. Returns False when there are too
         few blocks. One block stays available for each sequence that is here: they are about to
@@ -61,6 +65,7 @@ class RunningBatch:
             sequence.token_ids,
             takes_hits=not sequence.gathers_prompt_logprobs,
             headroom_blocks=len(self.sequences) + len(self.loading),
+            num_delayed=num_waiting + self._num_delayed_here(),
         )
         if started is None:
             return False
@@ -73,6 +78,12 @@ class RunningBatch:
         else:
             self._run(sequence)
         return True
+
+    def _num_delayed_here(self) -> float:
+        """Count those whom a newcomer's prefill delays."""
+        num_prefills = sum(sequence.num_remaining > 1 for sequence in self.sequences)
+        num_decodes = len(self.sequences) - num_prefills
+        return num_prefills + DECODE_DELAY_WEIGHT * num_decodes
 
     def take_broken(self) -> list[Sequence]:
         """Take those whose load failed; they hold nothing any more, and must start anew."""
