@@ -18,7 +18,7 @@ Pin = Callable[[Tensor], None]
 
 
 def pin_for_cuda(memory: Tensor) -> None:
-    """Lock host memory for the GPU's copies. Touches all pages, which takes seconds for a large tier.
+    """Lock host memory for the GPU's copies. Touches all pages: seconds for a large tier.
 
     Not torch's `pin_memory`, whose allocator rounds up to a power of two and copies.
     """
