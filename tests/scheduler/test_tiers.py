@@ -4,116 +4,35 @@ The fake data plane poisons what a copy fills and compares what every row reads,
 answer here also says that the right bytes came.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from rillgate_server.core.load import EngineLoad
-from rillgate_server.core.request import ChoiceStart, Request
-from rillgate_server.core.step import CopyDirection, CopyJob, RequestStarted, RowPlan
+from rillgate_server.core.request import ChoiceStart
+from rillgate_server.core.step import CopyDirection, CopyJob, RowPlan
 from rillgate_server.engine.testing import FakeCopies
-from tests.support.engine import Driver, Limits, make_request
-
-SIZE = 4
-PROMPT_TOKENS = 13
-"""Three full blocks, and the one token that is never a hit."""
-NUM_HIT_TOKENS = 12
-LIMITS = Limits(
-    num_blocks=16, block_size_tokens=SIZE, max_running=4, num_host_blocks=64, load_policy="load"
+from tests.support.engine import Driver, make_request
+from tests.support.tiers import (
+    IN,
+    LIMITS,
+    NUM_HIT_TOKENS,
+    OUT,
+    PROMPT_TOKENS,
+    ask,
+    failing,
+    fill,
+    found,
+    in_host_tier,
+    jobs,
+    load_of,
+    prompt,
+    question,
+    slow,
+    step_until,
+    with_copy_in_flight,
 )
-SALT = bytes(range(16))
-OUT, IN = CopyDirection.DEVICE_TO_HOST, CopyDirection.HOST_TO_DEVICE
-INSTANT = FakeCopies()
-
-
-def prompt(number: int) -> list[int]:
-    """Make the prompt of this number: it shares nothing with any other one."""
-    return [10 + number + i * (number + 1) % 40 for i in range(PROMPT_TOKENS)]
-
-
-def ask(driver: Driver, request: Request) -> RequestStarted:
-    """Let one request run to its end alone; return what it found."""
-    assert driver.submit(request) is None
-    driver.run()
-    driver.check_idle()
-    driver.check_answers()
-    started = driver.answers.of[request.request_id].started
-    assert started is not None
-    return started
-
-
-def question(request_id: int, number: int, max_tokens: int = 1) -> Request:
-    """Ask with the prompt of a number."""
-    return make_request(request_id, prompt(number), max_tokens)
-
-
-def found(driver: Driver, request: Request) -> tuple[int, int]:
-    """Return the tokens that a request finds: (in the device tier, in the host tier)."""
-    started = ask(driver, request)
-    num_host_tokens = started.num_cached_host_tokens
-    return started.num_cached_tokens - num_host_tokens, num_host_tokens
-
-
-def fill(driver: Driver, numbers: Sequence[int] = range(1, 9)) -> None:
-    """Ask so much else that what was there before is only in the host tier."""
-    for number in numbers:
-        ask(driver, question(1000 + number, number))
-
-
-def slow(direction: CopyDirection, num_steps: int = 6) -> FakeCopies:
-    """Let copies of one direction take their time."""
-    return FakeCopies(copy_steps=lambda job: num_steps if job.direction is direction else 0)
-
-
-def failing(direction: CopyDirection, position: int | None = None) -> FakeCopies:
-    """Let all pairs of copies of one direction fail, or the one at `position`."""
-
-    def fail(job: CopyJob) -> tuple[int, ...]:
-        if job.direction is not direction:
-            return ()
-        return tuple(range(len(job.pairs))) if position is None else (position,)
-
-    return FakeCopies(fail_copies=fail)
-
-
-def in_host_tier(copies: FakeCopies = INSTANT, **limits: Any) -> Driver:  # as Limits has them
-    """Make a driver whose host tier alone has prompt 0."""
-    driver = Driver(replace(LIMITS, **limits), copies=copies)
-    ask(driver, question(1, 0))
-    fill(driver)
-    return driver
-
-
-def with_copy_in_flight(direction: CopyDirection) -> Driver:
-    """Make a driver with a long copy of one direction in flight, and requests 100 to 104."""
-    copies = slow(direction, num_steps=30)
-    driver = in_host_tier(copies) if direction is IN else Driver(LIMITS, copies=copies)
-    for number in range(5):
-        driver.submit(question(100 + number, number, max_tokens=3))
-    step_until(driver, lambda: any(job.direction is direction for job in driver.in_flight.values()))
-    return driver
-
-
-def load_of(driver: Driver) -> EngineLoad:
-    """Return the load now."""
-    return driver.scheduler.load(driver.clock.now())
-
-
-def jobs(driver: Driver, direction: CopyDirection) -> list[CopyJob]:
-    """Return all copies of a direction so far."""
-    return [job for plan in driver.plans for job in plan.copies if job.direction is direction]
-
-
-def step_until(driver: Driver, is_now: Callable[[], bool]) -> None:
-    """Step until something holds, for at most 50 steps."""
-    for _ in range(50):
-        if is_now():
-            return
-        driver.step()
-    raise AssertionError("it never came to that")
-
 
 # -- demotion and promotion -----------------------------------------------------------------------
 
@@ -281,6 +200,17 @@ def test_an_abort_during_a_copy_out_changes_nothing_for_the_copy() -> None:
     assert sum(found(driver, question(21, 1))) == NUM_HIT_TOKENS
 
 
+def test_choices_of_a_loaded_prompt_follow_its_first() -> None:
+    """The first one loads the prompt, the others find it where it came to."""
+    driver = in_host_tier(slow(IN))
+    choices = [ChoiceStart(i) for i in range(3)]
+    driver.submit(replace(question(2, 0), choices=tuple(choices)))
+    driver.run()
+    assert sum(len(job.pairs) for job in jobs(driver, IN)) == 3
+    driver.check_answers()
+    driver.check_idle()
+
+
 # -- copies that fail -----------------------------------------------------------------------------
 
 
@@ -380,171 +310,3 @@ def test_blocks_of_a_failed_row_are_found_in_neither_tier() -> None:
     assert driver.answers.of[2].failure == "NaN logits"
     assert jobs(driver, IN)
     assert found(driver, question(3, 0)) == (0, 0)
-
-
-# -- eviction -------------------------------------------------------------------------------------
-
-
-def test_the_device_tier_evicts_what_was_used_longest_ago_and_ends_before_beginnings() -> None:
-    """One block is needed: the last of the oldest prompt goes."""
-    driver = Driver(replace(LIMITS, num_host_blocks=0))
-    for number in range(5):
-        ask(driver, question(number, number))
-    ask(driver, question(5, 0))  # now prompt 1 is the oldest
-    ask(driver, make_request(6, [9] * 7, 1))  # 2 blocks, 1 is free
-    assert load_of(driver).device.num_evicted_blocks == 1
-    assert found(driver, question(7, 0)) == (NUM_HIT_TOKENS, 0)
-    assert found(driver, question(8, 1)) == (8, 0)
-
-
-def test_the_host_tier_evicts_what_was_stored_or_loaded_longest_ago() -> None:
-    """Room for eight prompts of twelve: the first is kept, for it was loaded between."""
-    driver = Driver(replace(LIMITS, num_host_blocks=24))
-    fill(driver, range(7))
-    assert found(driver, question(100, 0)) == (0, NUM_HIT_TOKENS)
-    fill(driver, range(7, 12))
-    assert load_of(driver).host.num_evicted_blocks == 12
-    assert found(driver, question(101, 0)) == (0, NUM_HIT_TOKENS)
-    assert found(driver, question(102, 1)) == (0, 0)
-
-
-def test_the_host_tier_evicts_ends_before_beginnings() -> None:
-    """Room for five prompts and a block: of the sixth last its beginning is left."""
-    left = []
-    for number in range(12):
-        driver = Driver(replace(LIMITS, num_host_blocks=16))
-        fill(driver, range(12))
-        left.append(sum(found(driver, question(1, number))))
-    assert left == [0] * 6 + [SIZE] + [NUM_HIT_TOKENS] * 5
-
-
-# -- who may share --------------------------------------------------------------------------------
-
-
-def test_salts_share_nothing_in_either_tier() -> None:
-    """The same prompt of another tenant is computed; of the same tenant it is found."""
-    driver = Driver(LIMITS)
-    salted = replace(question(1, 0), cache_salt=SALT)
-    ask(driver, salted)
-    assert found(driver, question(2, 0)) == (0, 0)
-    assert found(driver, replace(salted, request_id=3)) == (NUM_HIT_TOKENS, 0)
-    fill(driver)
-    other = bytes(reversed(SALT))
-    assert found(driver, replace(salted, request_id=4, cache_salt=other)) == (0, 0)
-    assert found(driver, replace(salted, request_id=5)) == (0, NUM_HIT_TOKENS)
-
-
-def test_a_declared_prefix_is_shared_across_salts_in_both_tiers() -> None:
-    """Blocks wholly inside it, and not the one that it ends in."""
-    driver = Driver(LIMITS)
-    declared = replace(question(1, 0), cache_salt=SALT, num_shared_prefix_tokens=11)
-    other = replace(declared, cache_salt=bytes(reversed(SALT)))
-    ask(driver, declared)
-    assert found(driver, replace(other, request_id=2)) == (8, 0)
-    fill(driver)
-    third = replace(declared, cache_salt=bytes(15) + b"x")
-    assert found(driver, replace(third, request_id=3)) == (0, 8)
-    undeclared = replace(third, num_shared_prefix_tokens=0, cache_salt=bytes(15) + b"y")
-    assert found(driver, replace(undeclared, request_id=4)) == (0, 0)
-
-
-# -- preemption -----------------------------------------------------------------------------------
-
-
-def run_crowded(load_policy: str) -> Driver:
-    """Let six requests grow together over room for two."""
-    limits = replace(LIMITS, num_blocks=24, max_running=6, load_policy=load_policy)
-    driver = Driver(limits, copies=FakeCopies(copy_steps=lambda job: job.copy_id % 3))
-    for number in range(6):
-        driver.submit(question(number, number, max_tokens=30))
-    driver.run()
-    driver.check_answers()
-    driver.check_idle()
-    return driver
-
-
-def test_swapped_and_recomputed_choices_go_on_with_the_same_tokens() -> None:
-    """Both ways are taken, and no answer shows which."""
-    swapped, recomputed = run_crowded("load"), run_crowded("recompute")
-    for driver, is_swap in ((swapped, True), (recomputed, False)):
-        load = load_of(driver)
-        assert load.num_preemptions > 0
-        assert load.decisions.num_swap_preemptions == (load.num_preemptions if is_swap else 0)
-        assert load.decisions.num_recompute_preemptions == (0 if is_swap else load.num_preemptions)
-    assert load_of(swapped).copies.num_loaded_blocks > 0
-    assert not any(plan.copies for plan in recomputed.plans)
-    answers = [{i: a.tokens for i, a in d.answers.of.items()} for d in (swapped, recomputed)]
-    assert answers[0] == answers[1]
-
-
-@pytest.mark.parametrize("num_spared", range(4))
-@pytest.mark.parametrize("is_loading", [False, True])
-def test_swapped_requests_may_be_aborted_at_any_time(num_spared: int, is_loading: bool) -> None:
-    """While they wait and while they load: nothing of them is left, the others go on."""
-    limits = replace(LIMITS, num_blocks=24, max_running=6)
-    driver = Driver(limits, copies=FakeCopies(copy_steps=lambda job: 4))
-    for number in range(6):
-        driver.submit(question(number, number, max_tokens=30))
-    step_until(driver, lambda: load_of(driver).num_preemptions > 0)
-    if is_loading:
-        step_until(driver, lambda: load_of(driver).num_loading > 0)
-    for request_id in (5, 4, 3, 2)[num_spared:]:
-        driver.abort(request_id)
-    driver.run()
-    driver.check_answers()
-    driver.check_idle()
-
-
-# -- flush ----------------------------------------------------------------------------------------
-
-
-def test_a_flush_forgets_both_tiers() -> None:
-    """Everything is free, the numbers say how much it was, and the next one computes."""
-    driver = in_host_tier()
-    before = load_of(driver)
-    flushed = driver.scheduler.flush_cache()
-    assert flushed.num_device_blocks == before.device.num_blocks_cached > 0
-    assert flushed.num_host_blocks == before.host.num_blocks_cached > 0
-    load = load_of(driver)
-    assert load.device.num_blocks_free == load.device.num_blocks
-    assert load.host.num_blocks_free == load.host.num_blocks
-    assert found(driver, question(2, 0)) == (0, 0)
-
-
-def test_a_flush_leaves_what_is_used() -> None:
-    """A running request goes on, and shares its blocks as before."""
-    driver = Driver(LIMITS)
-    driver.submit(question(1, 0, max_tokens=12))
-    driver.step()
-    driver.flush()
-    driver.submit(question(2, 0))
-    driver.run()
-    driver.check_answers()
-    started = driver.answers.of[2].started
-    assert started is not None
-    assert started.num_cached_tokens == NUM_HIT_TOKENS
-
-
-@pytest.mark.parametrize("direction", CopyDirection)
-def test_a_flush_during_a_copy_lets_it_end_and_keeps_nothing(direction: CopyDirection) -> None:
-    """What a copy alone holds is forgotten at once, and free when it ends."""
-    driver = with_copy_in_flight(direction)
-    for request_id in range(100, 105):
-        driver.abort(request_id)
-    driver.flush()
-    driver.check_idle()
-    load = load_of(driver)
-    assert load.device.num_blocks_free == load.device.num_blocks
-    assert load.host.num_blocks_free == load.host.num_blocks
-    assert found(driver, question(200, 0)) == (0, 0)
-
-
-def test_choices_of_a_loaded_prompt_follow_its_first() -> None:
-    """The first one loads the prompt, the others find it where it came to."""
-    driver = in_host_tier(slow(IN))
-    choices = [ChoiceStart(i) for i in range(3)]
-    driver.submit(replace(question(2, 0), choices=tuple(choices)))
-    driver.run()
-    assert sum(len(job.pairs) for job in jobs(driver, IN)) == 3
-    driver.check_answers()
-    driver.check_idle()
