@@ -202,6 +202,21 @@ def test_a_deadline_that_is_too_soon_even_alone_is_refused_for_good() -> None:
     assert driver.submit(due(request, driver, 0.25)) is None
 
 
+def test_an_idle_replica_tries_now_and_then_what_it_would_refuse() -> None:
+    """Else costs that were measured in a bad hour would refuse everybody for ever."""
+    driver = measured_driver()
+    request = due(make_request(1, prompt=[5] * 160), driver, 0.15)
+    assert refused(driver, request).reason is RejectReason.DEADLINE_NEVER
+    driver.clock.advance(10.0)
+    assert driver.submit(due(request, driver, 0.15)) is None
+    late = due(make_request(2, prompt=[5] * 160), driver, 0.15)
+    assert refused(driver, late).reason is RejectReason.DEADLINE_NEVER, "one at a time"
+    driver.run()
+    driver.clock.advance(10.0)
+    over = replace(late, deadline_s=driver.clock.now())
+    assert refused(driver, over).reason is RejectReason.DEADLINE_NEVER, "a deadline that is over"
+
+
 def test_what_the_cache_holds_is_not_counted_against_a_deadline() -> None:
     """A prompt that was computed before needs its last block alone; another salt needs all."""
     driver = measured_driver(prefix_caching=True)

@@ -25,6 +25,9 @@ from operator import add, mul
 from rillgate_server.core.load import FittedCosts
 from rillgate_server.core.step import CopyDirection
 
+MIN_PREFILLS = 3
+"""Steps with prefill before the next is predicted: a process is late with its first one, and who is
+refused for what that one says measures nothing."""
 _STEP_MEMORY = 0.99
 """Weight of a sample after one more of its kind: about the last 100 steps count."""
 _COPY_MEMORY = 0.85
@@ -62,8 +65,8 @@ class StepWork:
 class CostModel:
     """Predicts seconds of prefill, decode steps and copies; 0 for what was never measured.
 
-    State: one fit of steps and one per direction of copies; of steps also the largest chunk and
-    the averages below.
+    State: one fit of steps and one per direction of copies; of steps also how many prefilled, the
+    largest chunk and the averages below.
     """
 
     def __init__(self) -> None:
@@ -71,6 +74,7 @@ class CostModel:
         self._steps = _Fit(num_costs=5, num_kinds=2, memory=_STEP_MEMORY)
         self._loads = _Fit(num_costs=2, num_kinds=1, memory=_COPY_MEMORY)
         self._stores = _Fit(num_costs=2, num_kinds=1, memory=_COPY_MEMORY)
+        self._num_prefills = 0
         self._chunk_tokens = 0.0  # the largest of late
         self._chunk_context = 0.0  # tokens that a prefilled token attends to, average of late
         self._decode_step_s = 0.0  # of steps without prefill, average of late
@@ -102,7 +106,7 @@ class CostModel:
         In chunks as large as the largest of late, whose fixed costs it includes; alone, without
         the decoding rows that share its steps.
         """
-        if num_tokens <= 0 or self._chunk_tokens == 0.0:
+        if num_tokens <= 0 or self._num_prefills < MIN_PREFILLS:
             return 0.0
         costs = self._steps.costs
         context = num_tokens * start + num_tokens * (num_tokens + 1) // 2
@@ -133,7 +137,7 @@ class CostModel:
     @property
     def prefill_tokens_per_s(self) -> float:
         """Rate of prefill in chunks and at contexts as of late; 0 until measured."""
-        if self._chunk_tokens == 0.0:
+        if self._num_prefills == 0:
             return 0.0
         costs = self._steps.costs
         per_token = costs[_PREFILL_TOKEN] + costs[_PREFILL_CONTEXT] * self._chunk_context
@@ -161,6 +165,7 @@ class CostModel:
         )
 
     def _note_chunk(self, tokens: int, context: int) -> None:
+        self._num_prefills += 1
         self._chunk_tokens = max(float(tokens), _CHUNK_MEMORY * self._chunk_tokens)
         self._chunk_context = _averaged(self._chunk_context, context / tokens)
 

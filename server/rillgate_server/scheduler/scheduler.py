@@ -19,7 +19,7 @@ from rillgate_server.config.groups import BatcherConfig, CacheConfig
 from rillgate_server.core.block_hash import root_hash
 from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
-from rillgate_server.core.request import Rejection, Request
+from rillgate_server.core.request import Rejection, RejectReason, Request
 from rillgate_server.core.step import StepOutput, StepPlan, StepResult
 from rillgate_server.errors import EngineFailure
 from rillgate_server.kvcache.block_table import BlockTable
@@ -32,6 +32,9 @@ from rillgate_server.scheduler.request_queue import RequestQueue
 from rillgate_server.scheduler.request_table import RequestTable
 from rillgate_server.scheduler.running_batch import RunningBatch
 from rillgate_server.scheduler.sequence import RequestGroup, SequenceState
+
+STALE_COSTS_S = 10.0
+"""Idle time after which one request is taken on whatever its predicted time to the first token."""
 
 
 class Scheduler:
@@ -94,12 +97,25 @@ class Scheduler:
             self._batch_wait_s(),
             lambda: self._count_cached_tokens(request),
         )
-        if rejection is not None:
+        if rejection is not None and not self._is_probe(request, rejection, now):
             return rejection
         if not self._requests:
             self._progress_s = now
         self._requests.add(group, now)
         return None
+
+    def _is_probe(self, request: Request, rejection: Rejection, now: float) -> bool:
+        """Whether to try what is predicted to be late: costs of long ago may be wrong by now.
+
+        If everybody is refused, nobody measures them again.
+        """
+        return (
+            rejection.reason is RejectReason.DEADLINE_NEVER
+            and request.deadline_s is not None
+            and request.deadline_s > now
+            and not self._requests
+            and now - self._progress_s >= STALE_COSTS_S
+        )
 
     def abort(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
         """End some choices of a request, or all; nothing more is told of them.
