@@ -76,6 +76,7 @@ def _to_tier(message: control_pb2.TierStatus) -> TierStatus:
         num_blocks_copying=message.num_blocks_copying,
         num_hit_tokens=message.num_hit_tokens,
         num_evicted_blocks=message.num_evicted_blocks,
+        num_blocks_pageable=message.num_blocks_pageable,
     )
 
 

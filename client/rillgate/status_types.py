@@ -34,6 +34,8 @@ class TierStatus:
     """Prompt and replayed tokens that were found here and used."""
     num_evicted_blocks: int = 0
     """Cached blocks given up for room."""
+    num_blocks_pageable: int = 0
+    """Whose memory could not be pinned, so that a GPU copies them slowly; 0 without a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ _counts = st.integers(0, 2**32 - 1)
 _numbers = st.floats(0, 1e300)
 # The wire has milliseconds: these come back as the same double.
 _seconds = st.integers(0, 2**20).map(lambda n: n / 4)
-_tiers = st.builds(TierLoad, *[_counts] * 7)
+_tiers = st.builds(TierLoad, *[_counts] * 8)
 
 queue_loads = st.builds(
     QueueLoad,

@@ -58,6 +58,7 @@ def test_a_pinned_tier_is_pinned_whole_and_once() -> None:
     pinned: list[Tensor] = []
     storage = KVStorage(LAYOUT, 3, pin=pinned.append)
     assert storage.is_pinned
+    assert storage.num_pageable_blocks == 0
     assert [memory.data_ptr() for memory in pinned] == [storage.bytes.data_ptr()]
     assert pinned[0].numel() == 3 * LAYOUT.block_bytes
 
@@ -73,6 +74,7 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_says_so(
     with caplog.at_level(logging.WARNING):
         storage = KVStorage(LAYOUT, 3, pin=refuse)
     assert not storage.is_pinned
+    assert storage.num_pageable_blocks == 3
     storage.bytes[2].fill_(1)
     assert int(storage.bytes.sum(dtype=torch.int64)) == LAYOUT.block_bytes
     (record,) = caplog.records
@@ -84,4 +86,6 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_says_so(
 
 def test_a_tier_that_is_not_to_be_pinned_is_not() -> None:
     """Nor does it say so: on a CPU there is nobody to pin for."""
-    assert not KVStorage(LAYOUT, 3).is_pinned
+    storage = KVStorage(LAYOUT, 3)
+    assert not storage.is_pinned
+    assert storage.num_pageable_blocks == 0

@@ -96,8 +96,14 @@ def _copies(replica: ReplicaStatus) -> str:
     return (
         f"blocks: {it.num_stored_blocks} to host, {it.num_loaded_blocks} to device, "
         f"{it.num_failed_blocks} failed, {it.num_refused_blocks} refused by checksum, "
-        f"{it.num_unsaved_blocks} evicted unsaved"
+        f"{it.num_unsaved_blocks} evicted unsaved{_pageable(replica.host)}"
     )
+
+
+def _pageable(host: TierStatus) -> str:
+    """Warn where the host tier could not be pinned."""
+    num_blocks = host.num_blocks_pageable
+    return f"; {num_blocks} host blocks are not pinned, their copies are slow" if num_blocks else ""
 
 
 def _queue_rows(replica: ReplicaStatus) -> Sequence[Sequence[str]]:

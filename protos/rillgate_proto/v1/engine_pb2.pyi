@@ -338,7 +338,7 @@ class Load(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., state: _Optional[_Union[EngineState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., device: _Optional[_Union[TierLoad, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., copies: _Optional[_Union[CopyCounts, _Mapping]] = ..., decisions: _Optional[_Union[LoadDecisions, _Mapping]] = ..., costs: _Optional[_Union[FittedCosts, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueLoad, _Mapping]]] = ...) -> None: ...
 
 class TierLoad(_message.Message):
-    __slots__ = ("num_blocks", "num_blocks_free", "num_blocks_used", "num_blocks_cached", "num_blocks_copying", "num_hit_tokens", "num_evicted_blocks")
+    __slots__ = ("num_blocks", "num_blocks_free", "num_blocks_used", "num_blocks_cached", "num_blocks_copying", "num_hit_tokens", "num_evicted_blocks", "num_blocks_pageable")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +346,7 @@ class TierLoad(_message.Message):
     NUM_BLOCKS_COPYING_FIELD_NUMBER: _ClassVar[int]
     NUM_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_PAGEABLE_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     num_blocks_free: int
     num_blocks_used: int
@@ -353,7 +354,8 @@ class TierLoad(_message.Message):
     num_blocks_copying: int
     num_hit_tokens: int
     num_evicted_blocks: int
-    def __init__(self, num_blocks: _Optional[int] = ..., num_blocks_free: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ..., num_blocks_copying: _Optional[int] = ..., num_hit_tokens: _Optional[int] = ..., num_evicted_blocks: _Optional[int] = ...) -> None: ...
+    num_blocks_pageable: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_blocks_free: _Optional[int] = ..., num_blocks_used: _Optional[int] = ..., num_blocks_cached: _Optional[int] = ..., num_blocks_copying: _Optional[int] = ..., num_hit_tokens: _Optional[int] = ..., num_evicted_blocks: _Optional[int] = ..., num_blocks_pageable: _Optional[int] = ...) -> None: ...
 
 class CopyCounts(_message.Message):
     __slots__ = ("num_stored_blocks", "num_stored_bytes", "num_loaded_blocks", "num_loaded_bytes", "num_failed_blocks", "num_refused_blocks", "num_unsaved_blocks")

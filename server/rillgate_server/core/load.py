@@ -22,6 +22,8 @@ class TierLoad:
     """Prompt and replayed tokens that were found in this tier and used."""
     num_evicted_blocks: int = 0
     """Cached blocks that were given up for room."""
+    num_blocks_pageable: int = 0
+    """In memory that could not be pinned, where a GPU copies from it; whatever they hold."""
 
 
 @dataclass(frozen=True, slots=True)

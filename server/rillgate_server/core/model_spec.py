@@ -116,6 +116,8 @@ class CacheSizes:
     """Of keys and values in it: the model's, or int8."""
     num_host_blocks: int = 0
     """0: no host tier."""
+    num_pageable_host_blocks: int = 0
+    """Those of them that a GPU copies slowly, for their memory could not be pinned."""
 
 
 @dataclass(frozen=True, slots=True)

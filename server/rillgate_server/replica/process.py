@@ -88,4 +88,4 @@ def _allocate_cache(settings: Settings, spec: ModelSpec, worker: Worker) -> Cach
             num_blocks * sizes.block_bytes / 2**20,
             sizes.kv_dtype,
         )
-    return sizes
+    return replace(sizes, num_pageable_host_blocks=worker.num_pageable_host_blocks)

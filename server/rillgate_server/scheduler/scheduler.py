@@ -14,6 +14,7 @@ their request; a result for a request that ended meanwhile is dropped.
 """
 
 from collections.abc import Set
+from dataclasses import replace
 
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
 from rillgate_server.core.block_hash import root_hash
@@ -65,6 +66,7 @@ class Scheduler:
         )
         self._requests = RequestTable(self._queue, self._batch, self._admission)
         self._former = PlanFormer(batcher, self._batch, self._queue)
+        self._num_pageable_host_blocks = sizes.num_pageable_host_blocks
         self._open: OpenPlan | None = None
         self._progress_s = 0.0
 
@@ -240,7 +242,7 @@ class Scheduler:
             num_running_tokens=sum(sequence.num_computed for sequence in running),
             num_waiting_tokens=self._queue.num_tokens + num_prefilling_tokens,
             device=device,
-            host=host,
+            host=replace(host, num_blocks_pageable=self._num_pageable_host_blocks),
             copies=self._cache.copy_counts(),
             decisions=self._cache.decisions(),
             costs=self._costs.fitted(),

@@ -123,6 +123,7 @@ def _tier_to_wire(tier: TierLoad) -> engine_pb2.TierLoad:
         num_blocks_copying=tier.num_blocks_copying,
         num_hit_tokens=tier.num_hit_tokens,
         num_evicted_blocks=tier.num_evicted_blocks,
+        num_blocks_pageable=tier.num_blocks_pageable,
     )
 
 
@@ -135,6 +136,7 @@ def _tier_from_wire(message: engine_pb2.TierLoad) -> TierLoad:
         num_blocks_copying=message.num_blocks_copying,
         num_hit_tokens=message.num_hit_tokens,
         num_evicted_blocks=message.num_evicted_blocks,
+        num_blocks_pageable=message.num_blocks_pageable,
     )
 
 

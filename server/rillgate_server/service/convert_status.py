@@ -71,6 +71,7 @@ def _tier(tier: TierLoad) -> pb.TierStatus:
         num_blocks_copying=tier.num_blocks_copying,
         num_hit_tokens=tier.num_hit_tokens,
         num_evicted_blocks=tier.num_evicted_blocks,
+        num_blocks_pageable=tier.num_blocks_pageable,
     )
 
 

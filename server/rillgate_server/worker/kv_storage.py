@@ -51,6 +51,8 @@ class KVStorage:
         self.bytes = _reserve(num_bytes, device).view(num_blocks, layout.block_bytes)
         """[num_blocks, block_bytes], uint8, on the tier's device."""
         self.is_pinned = pin is not None and try_to_pin(self.bytes, pin)
+        self.num_pageable_blocks = 0 if pin is None or self.is_pinned else num_blocks
+        """Blocks that were to be pinned and are not."""
         self.layers = tuple(view_layer(self.bytes, layout, layer) for layer in layout.layers)
 
     def __repr__(self) -> str:

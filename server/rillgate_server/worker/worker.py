@@ -61,6 +61,8 @@ class Worker:
         self.spec = spec
         self.layout = layout
         self.network = network
+        self.num_pageable_host_blocks = 0
+        """Of the host tier, where a GPU copies from it and its memory could not be pinned."""
         self._runner: ModelRunner | None = None
 
     def __repr__(self) -> str:
@@ -100,6 +102,7 @@ class Worker:
         """
         self.close()  # its memory counts as free for the new one
         tiers = reserve_tiers(self.layout, num_device_blocks, num_host_blocks, _DEVICE)
+        self.num_pageable_host_blocks = tiers.host.num_pageable_blocks
         self._runner = ModelRunner(
             self.network,
             SdpaAttention(tiers.device, _DTYPES[self.spec.dtype]),

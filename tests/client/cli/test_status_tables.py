@@ -102,3 +102,13 @@ def test_a_tenants_name_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[
     """Control characters are taken out."""
     replica = replace(FULL, queues=(QueueStatus(Priority.LOW, "a\x1b[2J", 1, 1),))
     assert not [line for line in printed(replica, capsys) if "\x1b" in line]
+
+
+def test_a_host_tier_that_could_not_be_pinned_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """An operator who finds copies slow sees why."""
+    lines = printed(replace(FULL, host=replace(FULL.host, num_blocks_pageable=1024)), capsys)
+    said = [line for line in lines if "not pinned" in line]
+    assert said == [
+        "blocks: 40 to host, 20 to device, 1 failed, 2 refused by checksum, 6 evicted unsaved; "
+        "1024 host blocks are not pinned, their copies are slow"
+    ]
