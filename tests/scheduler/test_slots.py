@@ -1,7 +1,5 @@
 """The worker's seats."""
 
-import pytest
-
 from rillgate_server.scheduler.slots import Slots
 
 
@@ -36,7 +34,6 @@ def test_after_a_failed_plan_its_ended_slots_are_announced_again() -> None:
     assert slots.announce() == ()
 
 
-@pytest.mark.xfail(reason="Slots.give_back notes the slot twice", strict=True)
 def test_a_slot_that_is_given_back_twice_between_plans_is_announced_once() -> None:
     """Who loads has a slot and is in no plan: it may come and go before the worker hears of it."""
     slots = Slots(2)

@@ -294,7 +294,6 @@ def test_a_lost_step_leaves_its_copies_running() -> None:
     driver.check_idle()
 
 
-@pytest.mark.xfail(reason="Slots.give_back notes the slot twice", strict=True)
 def test_a_slot_is_announced_once_though_two_who_never_ran_gave_it_back() -> None:
     """A lost plan named it as ended, and who loads in it since is aborted before the next plan."""
     driver = in_host_tier(slow(IN))

@@ -18,11 +18,12 @@ class Slots:
         self.max_running = max_running
         self._free = list(range(max_running))
         heapify(self._free)
-        self._ended: list[int] = []
-        self._announced: list[int] = []
+        # In order, each once: after a lost plan a slot may end again before it was said again.
+        self._ended: dict[int, None] = {}
+        self._announced: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Slots(taken={self.num_taken}, total={self.max_running}, ended={self._ended})"
+        return f"Slots(taken={self.num_taken}, total={self.max_running}, ended={list(self._ended)})"
 
     @property
     def num_taken(self) -> int:
@@ -36,22 +37,21 @@ class Slots:
     def give_back(self, slot: int) -> None:
         """Free a slot; the next plan tells the worker."""
         heappush(self._free, slot)
-        self._ended.append(slot)
+        self._ended[slot] = None
 
     def announce(self) -> tuple[int, ...]:
         """Return what ended since the last plan, for the plan that is being made."""
-        self._announced, self._ended = self._ended, []
-        return tuple(self._announced)
+        self._announced, self._ended = tuple(self._ended), {}
+        return self._announced
 
     def plan_failed(self) -> None:
         """Say again in the next plan what the latest said: the worker may not have read it.
 
         So a worker must take it well when a slot ends that it does not hold.
         """
-        self._ended = list(dict.fromkeys(self._announced + self._ended))
-        self._announced = []
+        self._ended = dict.fromkeys((*self._announced, *self._ended))
+        self._announced = ()
 
     def check_integrity(self, taken: list[int]) -> None:
         """Prove that every slot is free or in `taken`, once."""
         assert sorted(taken + self._free) == list(range(self.max_running)), (taken, self._free)
-        assert len(set(self._ended)) == len(self._ended)
