@@ -37,7 +37,7 @@ gpu-check: setup ## check and measure what needs an NVIDIA GPU; says what it ski
 	@$(BIN)/python -m pytest -q -r fE tests/gpu
 
 bench-kv: setup ## measure the two-tier cache and the control plane; writes benchmarks/results/
-	@$(BIN)/python -m benchmarks.kv_tiers && $(BIN)/python -m benchmarks.control_plane
+	@$(BIN)/python -m benchmarks.kv_cache.compare && $(BIN)/python -m benchmarks.control_plane
 
 clean: ## remove caches and build output (keeps .venv)
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,15 +1,15 @@
 """`make bench-kv`: what the two-tier cache and its cost model are worth on this machine.
 
 A random model of hidden 256, 8 layers and a vocabulary of 4096 serves conversations in a closed
-loop (benchmarks.kv_workload). Everybody in turn within one run, several rounds; ratios are taken
-round by round, so that a drift of a shared machine's speed cancels out.
+loop (benchmarks.kv_cache.workload). Everybody in turn within one run, several rounds; ratios are
+taken round by round, so that a drift of a shared machine's speed cancels out.
 
     conversations     no cache, device tier alone, both tiers with load-always, with the cost model
     short prefixes,   load-always, recompute-always and the cost model: by wall clock, and on a
     long ones,        virtual clock with the costs that this run recorded
     a slow tier
 
-Writes `benchmarks/results/kv_tiers.json`; with --record also the recorded costs that the tests
+Writes `benchmarks/results/kv_cache.json`; with --record also the recorded costs that the tests
 simulate with.
 """
 
@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.kv_costs import Recording, TrueCosts
-from benchmarks.kv_engine import run
-from benchmarks.kv_run import RunResult
-from benchmarks.kv_scenarios import (
+from benchmarks.kv_cache.costs import Recording, TrueCosts
+from benchmarks.kv_cache.engine import run
+from benchmarks.kv_cache.run import RunResult
+from benchmarks.kv_cache.scenarios import (
     CONVERSATIONS,
     COST_MODEL,
     DECISIONS,
@@ -38,7 +38,7 @@ from benchmarks.kv_scenarios import (
     Contestant,
     Scenario,
 )
-from benchmarks.kv_simulation import Comparison, compare
+from benchmarks.kv_cache.simulation import Comparison, compare
 from benchmarks.random_checkpoint import make_checkpoint
 from benchmarks.results_file import write_results
 from rillgate_server.worker.worker import Worker, WorkerOptions
@@ -209,7 +209,7 @@ def main() -> None:
         "cost_model_over_better_wall": max(wall.values()),
     }
     ratios |= {f"cost_model_over_better_wall_{name}": value for name, value in wall.items()}
-    path = write_results("kv_tiers", "make bench-kv", measured.rows() + rows, ratios)
+    path = write_results("kv_cache", "make bench-kv", measured.rows() + rows, ratios)
     for name, ratio in sorted(ratios.items()):
         print(f"{name}: {ratio:.3f}")
     print(f"written to {path.name}")

@@ -5,9 +5,9 @@ The real scheduler on a virtual clock, with costs that were recorded on a real m
 
 import pytest
 
-from benchmarks.kv_copies import CopyChannel, CopySpeed
-from benchmarks.kv_costs import Recording, TrueCosts, fit
-from benchmarks.kv_scenarios import (
+from benchmarks.kv_cache.copies import CopyChannel, CopySpeed
+from benchmarks.kv_cache.costs import Recording, TrueCosts, fit
+from benchmarks.kv_cache.scenarios import (
     CONVERSATIONS,
     COST_MODEL,
     DECISIONS,
@@ -15,7 +15,7 @@ from benchmarks.kv_scenarios import (
     NO_CACHE,
     Scenario,
 )
-from benchmarks.kv_simulation import compare, simulate
+from benchmarks.kv_cache.simulation import compare, simulate
 from rillgate_server.core.clock import VirtualClock
 from rillgate_server.core.step import CopyDirection, CopyJob
 

@@ -5,8 +5,8 @@ Sizes are in tokens here; a machine's runner makes blocks of them.
 
 from dataclasses import dataclass
 
-from benchmarks.kv_copies import CopySpeed
-from benchmarks.kv_workload import Workload
+from benchmarks.kv_cache.copies import CopySpeed
+from benchmarks.kv_cache.workload import Workload
 from rillgate_server.config.groups import CacheConfig
 from rillgate_server.core.model_spec import CacheSizes
 

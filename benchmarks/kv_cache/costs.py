@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.kv_copies import CopySpeed
+from benchmarks.kv_cache.copies import CopySpeed
 from rillgate_server.core.step import CopyDirection, StepPlan, StepResult
 from rillgate_server.engine.executor import Executor
 from rillgate_server.kvcache.cost_model import StepWork
 
-RECORDING = Path(__file__).parent / "data" / "kv_recorded_costs.json"
+RECORDING = Path(__file__).with_name("recorded_costs.json")
 MAX_SAMPLES = 500
 """Of each kind in the file, drawn at random: it stays small."""
 

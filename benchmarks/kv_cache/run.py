@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from benchmarks.kv_workload import Users
+from benchmarks.kv_cache.workload import Users
 from rillgate_server.core.load import EngineLoad
 
 

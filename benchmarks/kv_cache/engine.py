@@ -7,11 +7,11 @@ import time
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
-from benchmarks.kv_copies import CopyChannel, CopySpeed
-from benchmarks.kv_costs import Recording, RecordingExecutor
-from benchmarks.kv_run import RunResult
-from benchmarks.kv_scenarios import Contestant, Scenario
-from benchmarks.kv_workload import Users
+from benchmarks.kv_cache.copies import CopyChannel, CopySpeed
+from benchmarks.kv_cache.costs import Recording, RecordingExecutor
+from benchmarks.kv_cache.run import RunResult
+from benchmarks.kv_cache.scenarios import Contestant, Scenario
+from benchmarks.kv_cache.workload import Users
 from rillgate_server.config.groups import BatcherConfig
 from rillgate_server.core.clock import Clock, SystemClock
 from rillgate_server.core.step import CopyDone, StepOutput, StepPlan, StepResult

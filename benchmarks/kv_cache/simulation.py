@@ -1,23 +1,23 @@
 """The real scheduler over simulated steps and copies, on a clock that only the simulation moves.
 
 Owns the simulated data plane and the loop that serves users with it. What steps and copies take was
-recorded on a real machine (benchmarks.kv_costs). A run of minutes takes a second.
+recorded on a real machine (benchmarks.kv_cache.costs). A run of minutes takes a second.
 """
 
 import random
 from dataclasses import dataclass, replace
 
-from benchmarks.kv_copies import CopyChannel
-from benchmarks.kv_costs import TrueCosts, work_of
-from benchmarks.kv_run import RunResult
-from benchmarks.kv_scenarios import (
+from benchmarks.kv_cache.copies import CopyChannel
+from benchmarks.kv_cache.costs import TrueCosts, work_of
+from benchmarks.kv_cache.run import RunResult
+from benchmarks.kv_cache.scenarios import (
     COST_MODEL,
     LOAD_ALWAYS,
     RECOMPUTE_ALWAYS,
     Contestant,
     Scenario,
 )
-from benchmarks.kv_workload import FIRST_TOKEN_ID, Users
+from benchmarks.kv_cache.workload import FIRST_TOKEN_ID, Users
 from rillgate_server.config.groups import BatcherConfig
 from rillgate_server.core.clock import VirtualClock
 from rillgate_server.core.model_spec import ModelSpec

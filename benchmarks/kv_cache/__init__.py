@@ -1,0 +1,1 @@
+"""What the two-tier cache and its cost model are worth: `make bench-kv`."""
