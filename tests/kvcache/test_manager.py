@@ -79,7 +79,10 @@ class Cache:
     def end(self, job: CopyJob, *failed_pairs: int, checksums: tuple[int, ...] = ()) -> None:
         """Report a copy."""
         num_bytes = BLOCK_BYTES * (len(job.pairs) - len(failed_pairs))
-        done = CopyDone(job.copy_id, failed_pairs, num_bytes, 1e-3, checksums)
+        num_refused = len(failed_pairs) if job.checksums else 0
+        done = CopyDone(
+            job.copy_id, failed_pairs, num_bytes, 1e-3, checksums, num_refused=num_refused
+        )
         self.manager.copies_done([done])
         self.check()
 

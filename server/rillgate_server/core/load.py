@@ -37,7 +37,7 @@ class CopyCounts:
     """Host to device."""
     num_loaded_bytes: int = 0
     num_failed_blocks: int = 0
-    """Whose copy failed, either way."""
+    """Whose copy failed, either way, refused ones apart."""
     num_refused_blocks: int = 0
     """Whose checksum did not match (audit mode)."""
     num_unsaved_blocks: int = 0

@@ -92,6 +92,8 @@ class CopyDone:
     """Of the pairs: DEVICE_TO_HOST in audit mode alone."""
     message: str = ""
     """Why pairs failed, for the log."""
+    num_refused: int = 0
+    """Failed pairs that arrived with another checksum (audit mode)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,15 @@ Owns the order of the four and nothing else. Does not know threads, queues or ca
 engine loop does), nor what a plan means.
 """
 
+import logging
+
 from rillgate_server.core.clock import Clock
 from rillgate_server.core.step import StepOutput
 from rillgate_server.engine.executor import Executor
 from rillgate_server.errors import EngineFailure
 from rillgate_server.scheduler.scheduler import Scheduler
+
+_LOG = logging.getLogger(__name__)
 
 
 class Engine:
@@ -34,6 +38,9 @@ class Engine:
         if plan is None:
             return self._without_plan(now)
         result = self._executor.execute(plan)
+        for copy in result.finished_copies:
+            if copy.message:
+                _LOG.warning("copy %d between the cache's tiers: %s", copy.copy_id, copy.message)
         return self.scheduler.update(result, self._clock.now())
 
     def _without_plan(self, now: float) -> StepOutput | None:

@@ -158,9 +158,11 @@ class FakeStorage:
         failed = set(self._copies.fail_copies(job))
         source_tier, target_tier = self._tiers_of(job)
         checksums = [_checksum(source_tier.cells[source]) for source, _ in job.pairs]
+        refused: set[int] = set()
         if job.checksums is not None:
             wanted = enumerate(zip(checksums, job.checksums, strict=True))
-            failed |= {i for i, (found, expected) in wanted if found != expected}
+            refused = {i for i, (found, expected) in wanted if found != expected} - failed
+        failed |= refused
         for i, (source, target) in enumerate(job.pairs):
             source_tier.sources[source] -= 1
             target_tier.targets.remove(target)
@@ -176,6 +178,7 @@ class FakeStorage:
             len(job.pairs) * self._copies.seconds_per_block,
             tuple(checksums) if is_store and self._copies.audit else (),
             f"{len(failed)} blocks did not arrive" if failed else "",
+            num_refused=len(refused),
         )
 
     def _tiers_of(self, job: CopyJob) -> tuple[_Tier, _Tier]:

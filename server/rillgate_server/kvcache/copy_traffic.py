@@ -221,11 +221,11 @@ class CopyTraffic:
                 num_loaded_blocks=counts.num_loaded_blocks + num_blocks,
                 num_loaded_bytes=counts.num_loaded_bytes + finished.num_bytes,
             )
-        if job.checksums is not None:
-            counts = replace(counts, num_refused_blocks=counts.num_refused_blocks + num_failed)
-        else:
-            counts = replace(counts, num_failed_blocks=counts.num_failed_blocks + num_failed)
-        self.counts = counts
+        self.counts = replace(
+            counts,
+            num_refused_blocks=counts.num_refused_blocks + finished.num_refused,
+            num_failed_blocks=counts.num_failed_blocks + num_failed - finished.num_refused,
+        )
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Prove that holds are exactly those of the copies, and that waiters know each other."""

@@ -166,6 +166,7 @@ class KVTransfer:
             perf_counter() - begin,
             checksums,
             f"{len(failed)} blocks came back with another checksum" if failed else "",
+            num_refused=len(failed),
         )
 
     def _checksums(self, device_blocks: Iterable[int]) -> tuple[int, ...]:
