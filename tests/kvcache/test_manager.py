@@ -271,6 +271,16 @@ def test_the_oldest_are_saved_while_free_blocks_are_short() -> None:
     assert cache.copies() == (), "nothing is saved twice"
 
 
+def test_a_full_block_in_use_is_saved_while_free_blocks_are_short() -> None:
+    """At its sequence's end there may be no time left; with free blocks enough there is."""
+    for num_blocks, num_saved in ((4, 3), (32, 0)):
+        cache = Cache(num_blocks, 16)
+        table = cache.compute(TOKENS)
+        assert cache.save() == num_saved
+        cache.free(table)
+        assert cache.save() == 0
+
+
 def test_blocks_that_are_to_be_computed_anew_are_not_saved() -> None:
     """A victim that recomputes leaves its blocks to whoever hits them in time."""
     for is_saved_later, num_blocks in ((False, 0), (True, 4)):

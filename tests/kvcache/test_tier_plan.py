@@ -96,6 +96,15 @@ def test_device_blocks_behind_a_short_gap_make_its_load_pay() -> None:
     assert plan(costs).choose_cut([False] + [True] * 10, 200, load_s(costs)) == 11
 
 
+def test_whom_computing_delays_counts_and_loading_delays_nobody() -> None:
+    """A load that takes twice as long as computing pays when two others wait."""
+    costs = measured(BLOCK_COMPUTE_S * 2)
+    chain = [False] * 8
+    decider = plan(costs)
+    assert decider.choose_cut(chain, 8 * SIZE + 1, load_s(costs)) == 0
+    assert decider.choose_cut(chain, 8 * SIZE + 1, load_s(costs), num_delayed=2.0) == 8
+
+
 def test_without_measurements_everything_is_loaded() -> None:
     """So the first loads give the measurements."""
     costs = CostModel()
