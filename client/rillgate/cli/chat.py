@@ -14,6 +14,7 @@ from rillgate.cli.arguments import (
     connect,
     generation_options,
 )
+from rillgate.cli.interrupt import closed_by_ctrl_c
 from rillgate.cli.terminal import AnswerWriter, dim, no_answer_reason
 from rillgate.errors import RillgateError
 from rillgate.sync_client import Client
@@ -89,16 +90,18 @@ class _Chat:
         writer = AnswerWriter(self._show_reasoning)
         answer: list[str] = []
         try:
-            with self._client.chat_stream(messages, **self._options) as stream:
+            with (
+                self._client.chat_stream(messages, **self._options) as stream,
+                closed_by_ctrl_c(stream) as pressed,
+            ):
                 for chunk in stream:
                     writer.write(chunk)
                     answer.append(chunk.text)
             writer.end()
-            if not any(answer):
+            if pressed.is_set():
+                _note("stopped" if any(answer) else "stopped; this question is forgotten")
+            elif not any(answer):
                 _note(f"no answer: {no_answer_reason(stream.collect())}; the question is forgotten")
-        except KeyboardInterrupt:
-            writer.end()
-            _note("stopped" if any(answer) else "stopped; this question is forgotten")
         except RillgateError as error:
             writer.end()
             _note(f"rillgate: {error}", sys.stderr)

@@ -18,6 +18,7 @@ from rillgate.cli.arguments import (
     connect,
     generation_options,
 )
+from rillgate.cli.interrupt import closed_by_ctrl_c
 from rillgate.cli.terminal import AnswerWriter, dim, no_answer_reason, numbers_line
 from rillgate.sync_client import Client
 from rillgate.types import ChatMessage, GenerateOptions, Generation, Prompt
@@ -89,7 +90,7 @@ def _stream(client: Client, prompt: Prompt, options: GenerateOptions, show: bool
     began_s = time.monotonic()
     first_s = 0.0
     num_tokens = 0
-    with client.stream(prompt, **options) as stream:
+    with client.stream(prompt, **options) as stream, closed_by_ctrl_c(stream) as pressed:
         try:
             for chunk in stream:
                 if chunk.token_ids and num_tokens == 0:
@@ -98,6 +99,8 @@ def _stream(client: Client, prompt: Prompt, options: GenerateOptions, show: bool
                 writer.write(chunk)
         finally:
             writer.end()
+        if pressed.is_set():
+            raise KeyboardInterrupt
         generation = stream.collect()
     if sys.stderr.isatty():
         total_s = time.monotonic() - began_s

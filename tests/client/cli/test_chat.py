@@ -68,10 +68,17 @@ def test_a_question_stopped_before_its_answer_is_forgotten(server: FakeServer) -
 
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave(server: FakeServer) -> None:
-    """The program stays, and a half-typed question is dropped."""
+    """The program stays, and a half-typed question is dropped.
+
+    Python's input() forgets a Ctrl-C between its last look and its select() until another key
+    comes: Enter, which sends nothing either way.
+    """
     with Terminal("chat", target=server.target) as terminal:
         terminal.wait_for("> ")
-        terminal.type("half a quest\x03")
+        terminal.type("half a quest")
+        terminal.wait_for("half a quest")
+        terminal.type("\x03")
+        terminal.type("\n")
         terminal.wait_for("/quit or Ctrl-D leaves")
         terminal.wait_for("> ")
         terminal.type("/quit\n")
