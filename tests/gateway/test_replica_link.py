@@ -5,12 +5,15 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 
+from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
 from rillgate_server.core.request import FinishReason
 from rillgate_server.core.step import ChoiceFinished, ChoiceTokens, RequestStarted, StepOutput
 from rillgate_server.errors import NoReplica
 from rillgate_server.gateway.replica_link import ReplicaLink
+from rillgate_server.service.convert_engine import abort_command
 from tests.replica.engine_server import (
     DEADLINE_S,
     WELCOME,
@@ -100,6 +103,23 @@ async def test_a_lost_replica_ends_its_streams_and_the_next_one_serves(
         await link.wait_ready(DEADLINE_S)
         link.submit(make_submission())
         await engine.wait_until(lambda: len(engine.requests) == 1)
+
+
+async def test_a_command_for_a_run_that_has_ended_is_a_lost_replica(
+    link: ReplicaLink, socket: Path
+) -> None:
+    """The link connects again: gRPC's InvalidStateError would end its task for good."""
+    service = make_service()
+    service.attach(ScriptedEngine())
+    async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+        async with serving(service, socket):
+            run = engine_pb2_grpc.EngineStub(channel).Run()
+            await run.wait_for_connection()
+        await run.code()
+        commands: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
+        commands.put_nowait(abort_command(1))
+        with pytest.raises(NoReplica):
+            await link._write_commands(run, commands)
 
 
 async def test_no_replica_says_so(link: ReplicaLink) -> None:

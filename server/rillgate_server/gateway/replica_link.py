@@ -336,7 +336,11 @@ class ReplicaLink:
         commands: asyncio.Queue[engine_pb2.EngineCommand],
     ) -> None:
         while True:
-            await run.write(await commands.get())
+            command = await commands.get()
+            try:
+                await run.write(command)
+            except asyncio.InvalidStateError as error:  # over, and its reader not yet told
+                raise NoReplica("it ended its Run") from error
 
     def _deliver(self, output: StepOutput) -> None:
         """Sort a message's entries into the streams' buffers; those of closed keys are dropped."""
