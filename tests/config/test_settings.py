@@ -127,6 +127,22 @@ def test_a_secret_out_of_its_limits_is_refused_and_not_shown(secret: str) -> Non
     assert secret not in str(caught.value)
 
 
+def test_a_secret_that_is_no_text_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random bytes in the environment are an easy mistake."""
+    monkeypatch.setenv("RILLGATE_GATEWAY__CLUSTER_SECRET", "0123456789abcdef\udcff")
+    with pytest.raises(ConfigError, match=r"gateway\.cluster_secret is no UTF-8 text") as caught:
+        load_settings()
+    assert "0123456789abcdef" not in str(caught.value)
+    assert "udcff" not in str(caught.value)
+
+
+def test_the_error_of_a_whole_group_does_not_show_its_values() -> None:
+    """Another of its fields may be a secret."""
+    with pytest.raises(ConfigError, match="model cannot be used; allowed: ") as caught:
+        load_settings(overrides={"model": {"name": "\udcff", "path": "beside it"}})
+    assert "beside it" not in str(caught.value)
+
+
 def test_a_secret_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
     """Nor is one in what settings show of themselves."""
     file = tmp_path / "rillgate.toml"

@@ -151,7 +151,13 @@ class GatewayConfig:
         _check("gateway.keepalive_s", self.keepalive_s, 0.1, 7200)
         _check("gateway.keepalive_timeout_s", self.keepalive_timeout_s, 0.1, 600)
         _check("gateway.drain_grace_s", self.drain_grace_s, 0, 86400)
-        num_bytes = len(self.cluster_secret.encode())
+        try:
+            num_bytes = len(self.cluster_secret.encode())
+        except UnicodeEncodeError:  # its text would show what it could not encode
+            raise ConfigError(
+                "gateway.cluster_secret is no UTF-8 text; allowed: none, or "
+                f"{_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes of it"
+            ) from None
         if num_bytes and not _MIN_SECRET_BYTES <= num_bytes <= _MAX_SECRET_BYTES:
             raise ConfigError(
                 f"gateway.cluster_secret has {num_bytes} bytes; allowed: none, or "

@@ -27,11 +27,6 @@ class MemorySize:
     fraction: float | None = None
     """Of what is free, between 0 and 1."""
 
-    @property
-    def is_auto(self) -> bool:
-        """Whether somebody else decides."""
-        return self.num_bytes is None and self.fraction is None
-
     def of(self, free_bytes: int) -> int | None:
         """Return the bytes where so many are free; None for `auto`."""
         return self.num_bytes if self.fraction is None else int(self.fraction * free_bytes)

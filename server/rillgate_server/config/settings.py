@@ -146,13 +146,13 @@ def _json_list(text: str) -> object:
 
 
 def _message(error: ErrorDetails) -> str:
-    """Say field, value and what is allowed in one line; of a secret, not the value."""
+    """Say field, value and what is allowed in one line; of a secret or a group, not the value."""
     field = ".".join(map(str, error["loc"]))
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{field} is no setting; allowed: {_names_beside(error['loc'])}"
     if error["type"] == "tuple_type":
         return f"{field} is {str(error['input'])[:200]!r}; allowed: a JSON list of texts"
-    if field in _SECRETS:
+    if field in _SECRETS or isinstance(error["input"], dict):  # a group may hold one
         return f"{field} cannot be used; allowed: {error['msg']}"
     return f"{field} is {str(error['input'])[:200]!r}; allowed: {error['msg']}"
 
