@@ -137,8 +137,9 @@ class GatewayConfig:
     environment rather than a flag, which others can read; empty: `rillgate serve` makes one at its
     start. Several gateways before the same replicas must share one."""
     shared_prefixes: tuple[str, ...] = ()
-    """Paths of text files, each a system message whose cached blocks all tenants share (in the
-    environment and in flags a JSON list)."""
+    """Paths of text files, each a system message whose cached blocks all tenants share; with a chat
+    template that prints the date, until the next day (in the environment and in flags a JSON
+    list)."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""

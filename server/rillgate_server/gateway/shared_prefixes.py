@@ -6,8 +6,8 @@ tenants find them in the cache. Does not know requests or salts.
 A text is a system message. What every prompt with it begins with is found by asking: the chat
 template renders it with different questions behind it, and the tokens before the first difference
 are shared. The same with different texts behind it as a plain prompt. So a token that would merge
-with what follows is never taken for shared. A template that prints the date shares, from the next
-day on, only what stands before the date; such a prompt is right, and its prefix is not shared.
+with what follows is never taken for shared. With a template that prints the date, prompts of the
+next day begin differently: they are right, and share nothing until the gateway starts again.
 """
 
 from collections.abc import Sequence
