@@ -40,7 +40,7 @@ class FinishReason(Enum):
 
 
 class Priority(Enum):
-    """Who goes first where requests wait; one that has waited long moves up."""
+    """Who goes first where requests wait; a class that gets no turn for long moves up for one."""
 
     HIGH = "high"
     """Somebody is waiting for it."""
