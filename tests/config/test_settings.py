@@ -127,6 +127,16 @@ def test_a_secret_out_of_its_limits_is_refused_and_not_shown(secret: str) -> Non
     assert secret not in str(caught.value)
 
 
+def test_a_group_in_one_variable_that_is_no_json_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one line like every other mistake, and without its text."""
+    monkeypatch.setenv("RILLGATE_GATEWAY", '{"cluster_secret": "0123456789abcdef')
+    with pytest.raises(ConfigError, match="gateway") as caught:
+        load_settings()
+    assert "0123456789abcdef" not in str(caught.value)
+
+
 def test_a_secret_that_is_no_text_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random bytes in the environment are an easy mistake."""
     monkeypatch.setenv("RILLGATE_GATEWAY__CLUSTER_SECRET", "0123456789abcdef\udcff")

@@ -20,6 +20,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -121,6 +122,8 @@ def load_settings(
         return FileSettings(**flags)
     except ValidationError as error:
         raise ConfigError("; ".join(map(_message, error.errors()))) from error
+    except SettingsError as error:  # a group in one variable that is no JSON
+        raise ConfigError(str(error)) from error
 
 
 def bundled_model_dir() -> Path:
