@@ -133,6 +133,18 @@ def test_a_slow_tier_is_tried_again_now_and_then_with_little() -> None:
     assert decider.decisions().num_loaded_tokens == 2 * PROBE_BLOCKS * SIZE
 
 
+def test_a_probe_that_loads_all_there_is_comes_no_more_often() -> None:
+    """Short prefixes: nothing is left to compute, and still the next ones are computed again."""
+    costs = measured(BLOCK_COMPUTE_S * 10)
+    decider = plan(costs)
+    cuts = []
+    for _ in range(3 * PROBE_INTERVAL):
+        cut = decider.choose_cut([False] * 2, 2 * SIZE + 1, load_s(costs))
+        decider.note_start(cut, 2 - cut)
+        cuts.append(cut)
+    assert [cut for cut in cuts if cut] == [2, 2, 2]
+
+
 def test_a_throttled_copy_changes_the_decision_within_20_copies() -> None:
     """A bus that becomes 30 times slower is found out by what is loaded meanwhile."""
     costs = measured(BLOCK_COMPUTE_S / 10)

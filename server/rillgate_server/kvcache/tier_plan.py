@@ -90,7 +90,10 @@ def cheapest_cut(
 
 
 class TierPlan:
-    """Decides by predicted seconds. State: the counters of its decisions."""
+    """Decides by predicted seconds.
+
+    State: the counters of its decisions, and when little is to be loaded for the measurement alone.
+    """
 
     def __init__(self, policy: CachePolicy, costs: CostModel) -> None:
         """Decide as `policy` says, by what `costs` predicts."""
@@ -99,6 +102,8 @@ class TierPlan:
         self._num_loads = self._num_recomputes = 0
         self._num_loaded_tokens = self._num_recomputed_tokens = 0
         self._num_swaps = self._num_drops = 0
+        self._num_since_probe = 0  # starts that computed what could have been loaded
+        self._is_probe = False  # whether the latest cut is one
 
     def __repr__(self) -> str:
         return f"TierPlan({self.decisions()})"
@@ -118,6 +123,7 @@ class TierPlan:
         `num_delayed`: others who wait while this one is computed. A load delays nobody else, so
         what is compared is the delay of all.
         """
+        self._is_probe = False
         if all(is_on_device) or self._policy.load_policy == "load":
             return len(is_on_device)
         if not self._policy.uses_host_tier:
@@ -132,19 +138,24 @@ class TierPlan:
                 (1.0 + num_delayed) * costs.prefill_s(num_used * size, num_tokens - num_used * size)
             ),
         ).num_blocks
-        is_probe = (self._num_recomputes + 1) % PROBE_INTERVAL == 0
-        if is_probe and not all(is_on_device[cut:]):
+        if self._num_since_probe + 1 >= PROBE_INTERVAL and not all(is_on_device[cut:]):
+            self._is_probe = True
             first = is_on_device.index(False, cut)
             cut = min(len(is_on_device), first + PROBE_BLOCKS)
         return cut
 
     def note_start(self, num_loaded_blocks: int, num_left_blocks: int) -> None:
-        """Count what came of a decision: host blocks loaded, and host blocks computed anew."""
+        """Count what came of the latest cut: host blocks loaded, and host blocks computed anew."""
         size = self._policy.block_size_tokens
         self._num_loads += num_loaded_blocks > 0
         self._num_loaded_tokens += num_loaded_blocks * size
         self._num_recomputes += num_left_blocks > 0
         self._num_recomputed_tokens += num_left_blocks * size
+        # A probe may load all there is: it ends the count though nothing is left to compute.
+        if self._is_probe:
+            self._num_since_probe = 0
+        else:
+            self._num_since_probe += num_left_blocks > 0
 
     # -- swap or drop -----------------------------------------------------------------------------
 
