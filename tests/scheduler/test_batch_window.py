@@ -83,6 +83,25 @@ def test_each_idle_time_has_a_window_of_its_own() -> None:
     assert scheduler.seconds_to_wait(0.015) == pytest.approx(DELAY_S)
 
 
+def test_a_window_that_nobody_looked_at_again_does_not_shorten_the_next_one() -> None:
+    """Without work the engine waits for a command, and asks for no plan."""
+    scheduler = gathering()
+    scheduler.add(make_request(1), 0.0)
+    assert scheduler.schedule(0.0) is None
+    scheduler.abort(1)
+    assert not scheduler.has_work
+    scheduler.add(make_request(2, max_tokens=1), 0.015)
+    assert scheduler.schedule(0.015) is None
+    assert scheduler.seconds_to_wait(0.015) == pytest.approx(DELAY_S)
+    plan = scheduler.schedule(0.040)
+    assert plan is not None
+    execute(scheduler, plan, 0.050)
+    assert not scheduler.has_work, "it ended with its first step"
+    scheduler.add(make_request(3), 0.060)
+    assert scheduler.schedule(0.060) is None
+    assert scheduler.seconds_to_wait(0.060) == pytest.approx(DELAY_S)
+
+
 def test_without_a_delay_nothing_waits() -> None:
     """The default: a request is computed in the very next step."""
     scheduler = gathering(delay_ms=0.0)

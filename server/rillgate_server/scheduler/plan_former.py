@@ -111,6 +111,13 @@ class PlanFormer:
         )
         return OpenPlan(plan, tuple(draft.sequences), tuple(draft.started), draft.work, now)
 
+    def forget_window(self) -> None:
+        """Note that work comes to an idle replica: whatever window there was is over.
+
+        Nobody asks for a plan while there is no work, so nobody has seen it end.
+        """
+        self._gathering_since_s = None
+
     def gathering_s(self, now: float) -> float:
         """Return how long the idle batch still waits for more requests (the micro-batch window)."""
         config, batch = self._config, self._batch

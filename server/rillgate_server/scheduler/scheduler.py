@@ -103,6 +103,7 @@ class Scheduler:
             return rejection
         if not self._requests:
             self._progress_s = now
+            self._former.forget_window()
         self._requests.add(group, now)
         return None
 
