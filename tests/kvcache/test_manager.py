@@ -281,6 +281,19 @@ def test_a_full_block_in_use_is_saved_while_free_blocks_are_short() -> None:
         assert cache.save() == 0
 
 
+def test_what_is_wanted_early_leaves_running_sequences_their_room() -> None:
+    """It is in use no more when its turn comes: saving must not hold what they grow into."""
+    for num_spare in (0, 2, 8):
+        cache = Cache(8, 16)
+        cache.free(cache.compute(TOKENS))
+        cache.free(cache.compute([*TOKENS[:12], *range(300, 313)]))  # wanted: free ones are short
+        assert cache.manager.pool.num_available == 8
+        cache.manager.plan_stores(8 - num_spare)
+        num_stored = sum(len(job.pairs) for job in cache.manager.take_copies())
+        assert num_stored == min(num_spare, 3), "three of the six were computed while short"
+        cache.check()
+
+
 def test_blocks_that_are_to_be_computed_anew_are_not_saved() -> None:
     """A victim that recomputes leaves its blocks to whoever hits them in time."""
     for is_saved_later, num_blocks in ((False, 0), (True, 4)):
@@ -328,6 +341,20 @@ def test_a_failed_pair_breaks_those_who_wait_and_is_found_no_more() -> None:
     again, found = cache.start(TOKENS)
     assert (found, again.is_broken, cache.copies()) == (4, False, ())
     assert cache.manager.copy_counts().num_failed_blocks == 1
+
+
+def test_predicted_and_actual_seconds_are_of_the_same_loads() -> None:
+    """What failed took no time that says anything, so its prediction does not count either."""
+    for failed, num_loads in (((1,), 0), ((), 1)):
+        cache = in_host_tier()
+        cache.start(TOKENS)
+        (job,) = cache.copies()
+        expected_s = cache.costs.load_s(3 * BLOCK_BYTES)
+        assert expected_s > 0.0, "as stores went"
+        cache.end(job, *failed)
+        decisions = cache.manager.decisions()
+        assert decisions.actual_load_s == num_loads * 1e-3
+        assert decisions.predicted_load_s == num_loads * expected_s
 
 
 def test_a_table_that_is_freed_leaves_its_load_to_end_alone() -> None:

@@ -55,7 +55,7 @@ class LoadDecisions:
     num_loaded_tokens: int = 0
     num_recomputed_tokens: int = 0
     predicted_load_s: float = 0.0
-    """Of the copies themselves, summed over the loads that have ended."""
+    """Of the copies themselves, summed over the loads that have ended well."""
     actual_load_s: float = 0.0
     """What the same copies took."""
     num_swap_preemptions: int = 0

@@ -50,7 +50,7 @@ class CopyTraffic:
         self.num_stores = 0
         """Stores that are not over."""
         self.predicted_load_s = 0.0
-        """Of all loads that are over, and what they took: the copies themselves, without waits."""
+        """Of all loads that ended well, and what they took: the copies themselves, no waits."""
         self.actual_load_s = 0.0
         self._tiers = tiers
         self._block_bytes = block_bytes
@@ -166,12 +166,13 @@ class CopyTraffic:
         """Take in a copy's end. Unknown ids are our bug."""
         copy = self._copies.pop(finished.copy_id)
         direction, failed = copy.job.direction, frozenset(finished.failed_pairs)
+        is_load = direction is CopyDirection.HOST_TO_DEVICE
         if finished.num_bytes and not failed:
             self._costs.copy_done(direction, finished.num_bytes, finished.seconds)
-        if direction is CopyDirection.HOST_TO_DEVICE:
+            self.predicted_load_s += copy.predicted_s if is_load else 0.0
+            self.actual_load_s += finished.seconds if is_load else 0.0
+        if is_load:
             self._loaded(copy, failed)
-            self.predicted_load_s += copy.predicted_s
-            self.actual_load_s += finished.seconds
         else:
             self._stored(copy, failed, finished.checksums)
             self.num_stores -= 1

@@ -261,7 +261,7 @@ class KVCacheManager:
         """
         self._store(self._oldest_unsaved(headroom_blocks))  # first: they may be evicted next
         if self._wanted and self._copies.num_stores < MAX_STORES:
-            self._store(self._take_wanted())
+            self._store(self._take_wanted(headroom_blocks))
 
     def _want(self, hashes: Iterable[bytes]) -> None:
         """Note hashes to be saved; where saving does not keep up, the oldest wishes are dropped."""
@@ -292,16 +292,22 @@ class KVCacheManager:
         )
         return tiers.oldest_unsaved(num_doomed, max(0, num_blocks))
 
-    def _take_wanted(self) -> list[int]:
+    def _take_wanted(self, headroom_blocks: int) -> list[int]:
         """Take blocks that are to be saved before anybody may evict them."""
         blocks: list[int] = []
+        num_spare = self.pool.num_available - headroom_blocks  # cached blocks that a copy may hold
         limit = min(self._plan.max_store_blocks(), self._tiers.host.num_available)
         # The newest first: a prefix's end is stored, and so evicted, before its beginning.
         while self._wanted and len(blocks) < limit:
             block_hash, _ = self._wanted.popitem()
             block = self._tiers.index.find(Tier.DEVICE, block_hash)
-            if block is not None and self._tiers.can_store(block):
-                blocks.append(block)
+            if block is None or not self._tiers.can_store(block):
+                continue
+            if self.pool.is_cached(block):  # in use no more; it is among the unsaved ones too
+                if num_spare <= 0:
+                    continue
+                num_spare -= 1
+            blocks.append(block)
         return blocks
 
     # -- copies -----------------------------------------------------------------------------------
