@@ -161,6 +161,21 @@ def test_beginning_never_raises() -> None:
     transfer.close()
 
 
+def test_without_a_thread_a_copy_fails_and_the_next_one_tries_again() -> None:
+    """A system that is out of threads for a moment costs the copies of that moment alone."""
+    transfer = KVTransfer(tiers())
+    before = threading.stack_size(1 << 46)  # more than an address space has
+    try:
+        transfer.begin(CopyJob(0, STORE, ((0, 0),)))
+    finally:
+        threading.stack_size(before)
+    transfer.begin(CopyJob(1, STORE, ((1, 1),)))
+    done = wait_all(transfer, 2)
+    assert (done[0].failed_pairs, done[1].failed_pairs) == ((0,), ())
+    assert "thread" in done[0].message
+    transfer.close()
+
+
 def test_reports_come_once_and_in_the_jobs_order() -> None:
     """Nothing ends behind the gate; then each job is reported, and no longer than its own time."""
     gated = GatedCopier(tiers())

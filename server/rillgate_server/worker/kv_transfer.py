@@ -77,13 +77,14 @@ class KVTransfer:
         if problem:
             self._reports.put(_all_failed(job, problem))
             return
-        if self._thread is None:
-            # A daemon, so that a process that dies of something else does not wait for it.
-            self._thread = Thread(target=self._run, name=_THREAD_NAME, daemon=True)
-            self._thread.start()
         try:
+            if self._thread is None:
+                # A daemon, so that a process that dies of something else does not wait for it.
+                thread = Thread(target=self._run, name=_THREAD_NAME, daemon=True)
+                thread.start()
+                self._thread = thread
             self._jobs.put((job, self._copier.work_so_far()))
-        except Exception as error:  # a broken GPU: the step that follows says more
+        except Exception as error:  # a broken GPU: the step that follows says more; or no thread
             self._reports.put(_all_failed(job, f"{type(error).__name__}: {error}"))
 
     def take_finished(self) -> tuple[CopyDone, ...]:
