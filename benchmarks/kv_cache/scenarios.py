@@ -86,13 +86,13 @@ CONVERSATIONS = Scenario(
 """Many users with a long common beginning: the working set is three times the device tier."""
 
 SHORT_PREFIXES = Scenario(
-    "short_prefixes", Workload(16, 4, 0, 96, 32, 8, 8, think_s=1.0), device_fraction=0.35
+    "short_prefixes", Workload(16, 8, 0, 96, 16, 8, 8, think_s=1.0), device_fraction=0.35
 )
 LONG_PREFIXES = Scenario(
-    "long_prefixes", Workload(8, 4, 0, 1200, 64, 8, 8, think_s=1.5), device_fraction=0.5
+    "long_prefixes", Workload(8, 8, 0, 1200, 32, 8, 8, think_s=1.5), device_fraction=0.5
 )
 SLOW_TIER = Scenario(
-    "slow_tier", Workload(12, 4, 0, 500, 64, 8, 8, think_s=1.5), 0.4, load_over_compute=3.0
+    "slow_tier", Workload(12, 6, 0, 500, 48, 8, 8, think_s=1.5), 0.4, load_over_compute=3.0
 )
 DECISIONS = (SHORT_PREFIXES, LONG_PREFIXES, SLOW_TIER)
 """Where the cost model is compared with loading always and computing always."""
