@@ -217,6 +217,18 @@ def test_an_idle_replica_tries_now_and_then_what_it_would_refuse() -> None:
     assert refused(driver, over).reason is RejectReason.DEADLINE_NEVER, "a deadline that is over"
 
 
+def test_a_replica_that_only_decodes_tries_too() -> None:
+    """Prefill costs grow old while one long answer runs."""
+    driver = measured_driver()
+    driver.submit(make_request(1, prompt=[5] * 8, max_tokens=400))
+    for _ in range(3):
+        driver.step()
+    request = make_request(2, prompt=[5] * 160)
+    assert refused(driver, due(request, driver, 0.15)).reason is RejectReason.DEADLINE_NEVER
+    driver.clock.advance(10.0)
+    assert driver.submit(due(request, driver, 0.15)) is None
+
+
 def test_what_the_cache_holds_is_not_counted_against_a_deadline() -> None:
     """A prompt that was computed before needs its last block alone; another salt needs all."""
     driver = measured_driver(prefix_caching=True)

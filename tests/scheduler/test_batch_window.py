@@ -1,5 +1,7 @@
 """The micro-batch window: an idle replica may wait a moment for more requests."""
 
+from dataclasses import replace
+
 import pytest
 
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
@@ -120,3 +122,26 @@ def test_the_engine_has_nothing_to_do_in_a_window() -> None:
     output = engine.step()
     assert output is not None
     assert [started.request_id for started in output.started] == [1]
+
+
+def test_a_deadline_ends_the_window_in_time() -> None:
+    """Who cannot wait for the window is not held back by it, and takes along who waits."""
+    scheduler = gathering()
+    scheduler.add(make_request(1), 0.0)
+    assert scheduler.schedule(0.0) is None
+    scheduler.add(replace(make_request(2), deadline_s=0.012), 0.004)
+    assert scheduler.seconds_to_wait(0.004) == pytest.approx(0.008)
+    plan = scheduler.schedule(0.012)
+    assert plan is not None
+    assert len(plan.starts) == 2
+
+
+def test_a_deadline_of_long_ago_shortens_no_later_window() -> None:
+    """Each idle time has a window of its own."""
+    scheduler = gathering()
+    scheduler.add(replace(make_request(1, max_tokens=1), deadline_s=0.001), 0.0)
+    plan = scheduler.schedule(0.001)
+    assert plan is not None
+    execute(scheduler, plan, 0.002)
+    scheduler.add(make_request(2), 1.0)
+    assert scheduler.seconds_to_wait(1.0) == pytest.approx(DELAY_S)

@@ -24,7 +24,7 @@ from rillgate_server.engine.testing import FakeCopies
 from tests.support.answers import EOS, reference_answer
 from tests.support.engine import Driver, Limits, make_request
 
-NUM_TRACES = int(os.environ.get("RILLGATE_TRACES", "800"))
+NUM_TRACES = int(os.environ.get("RILLGATE_TRACES", "2000"))
 POISON = 99
 """A row whose context has this token at position 2 fails once it has as many tokens as the next."""
 STEMS = (

@@ -149,9 +149,9 @@ class Admission:
         if request.deadline_s is None:
             return None
         available_s = request.deadline_s - now
-        needed_s = self._own_prefill_s(request)
+        needed_s = self.own_prefill_s(request)
         if 0.0 < available_s < needed_s:
-            needed_s = self._own_prefill_s(request, count_cached_tokens())
+            needed_s = self.own_prefill_s(request, count_cached_tokens())
         if available_s > 0.0 and needed_s <= available_s:
             return None
         return Rejection(
@@ -222,7 +222,7 @@ class Admission:
 
     # -- predictions ------------------------------------------------------------------------------
 
-    def _own_prefill_s(self, request: Request, num_cached_tokens: int = 0) -> float:
+    def own_prefill_s(self, request: Request, num_cached_tokens: int = 0) -> float:
         """Predict the prefill up to the first token of the choice that leads; 0: unmeasured."""
         num_tokens = len(request.prompt_token_ids) + len(request.choices[0].generated_token_ids)
         return self._costs.prefill_s(num_cached_tokens, num_tokens - num_cached_tokens)
@@ -235,7 +235,7 @@ class Admission:
         if rate == 0.0:
             return 0.0
         num_ahead = self._queue.num_tokens_ahead(group.request, group.num_tokens)
-        own_s = self._own_prefill_s(group.request, num_cached_tokens)
+        own_s = self.own_prefill_s(group.request, num_cached_tokens)
         return batch_wait_s + num_ahead / rate + own_s
 
     def _drain_s(self, num_tokens: int, batch_wait_s: float) -> float:

@@ -11,6 +11,7 @@ Decode rows come first and there are never more than max_running <= max_step_tok
 every running stream gets a token in every step, whatever enters.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from rillgate_server.config.groups import BatcherConfig
@@ -62,7 +63,10 @@ class _Draft:
 
 
 class PlanFormer:
-    """Forms plans. State: the number of the latest one, and since when an idle batch gathers."""
+    """Forms plans.
+
+    State: the number of the latest one; since when an idle batch gathers, and when it must end to.
+    """
 
     def __init__(self, config: BatcherConfig, batch: RunningBatch, queue: RequestQueue) -> None:
         """Take the batch and the queue that plans are formed from."""
@@ -71,6 +75,7 @@ class PlanFormer:
         self._batch = batch
         self._queue = queue
         self._gathering_since_s: float | None = None
+        self._latest_start_s = math.inf
 
     def __repr__(self) -> str:
         return f"PlanFormer(step_id={self.step_id}, gathering_since={self._gathering_since_s})"
@@ -87,6 +92,7 @@ class PlanFormer:
         batch, draft = self._batch, _Draft()
         for broken in batch.take_broken():
             self._queue.push(broken, now)
+            self.end_window_by(now)  # it has waited once
         self._add_decodes(draft, now)
         budget = self._config.max_step_tokens - draft.num_decode_rows
         if draft.num_decode_rows:
@@ -116,20 +122,25 @@ class PlanFormer:
 
         Nobody asks for a plan while there is no work, so nobody has seen it end.
         """
-        self._gathering_since_s = None
+        self._gathering_since_s, self._latest_start_s = None, math.inf
+
+    def end_window_by(self, latest_s: float) -> None:
+        """Let the window that is open, or opens next, end by then: somebody cannot wait longer."""
+        self._latest_start_s = min(self._latest_start_s, latest_s)
 
     def gathering_s(self, now: float) -> float:
         """Return how long the idle batch still waits for more requests (the micro-batch window)."""
         config, batch = self._config, self._batch
         is_idle = not (batch.sequences or batch.loading)
         if not (config.max_queue_delay_ms and is_idle and self._queue):
-            self._gathering_since_s = None
+            self.forget_window()
             return 0.0
         if self._gathering_since_s is None:
             self._gathering_since_s = now
         if len(self._queue) >= config.preferred_batch_size:
             return 0.0
-        return max(0.0, self._gathering_since_s + config.max_queue_delay_ms / 1e3 - now)
+        end_s = self._gathering_since_s + config.max_queue_delay_ms / 1e3
+        return max(0.0, min(end_s, self._latest_start_s) - now)
 
     def _add_decodes(self, draft: _Draft, now: float) -> None:
         """Give each decoding sequence its next position, those of the highest rank first."""

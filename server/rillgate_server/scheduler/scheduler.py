@@ -35,13 +35,14 @@ from rillgate_server.scheduler.running_batch import RunningBatch
 from rillgate_server.scheduler.sequence import RequestGroup, SequenceState
 
 STALE_COSTS_S = 10.0
-"""Idle time after which one request is taken on whatever its predicted time to the first token."""
+"""Without a prefill; then one request is tried whatever its predicted time to the first token."""
 
 
 class Scheduler:
     """Continuous batching over one cache.
 
-    State: the open plan and the time of the latest progress; and what its parts own.
+    State: the open plan, the times of the latest progress and of the latest prefill; and what its
+    parts own.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Scheduler:
         self._num_pageable_host_blocks = sizes.num_pageable_host_blocks
         self._open: OpenPlan | None = None
         self._progress_s = 0.0
+        self._measured_s = 0.0
 
     def __repr__(self) -> str:
         return (
@@ -99,11 +101,16 @@ class Scheduler:
             self._batch_wait_s(),
             lambda: self._count_cached_tokens(request),
         )
-        if rejection is not None and not self._is_probe(request, rejection, now):
-            return rejection
+        if rejection is not None:
+            if not self._is_probe(request, rejection, now):
+                return rejection
+            self._measured_s = now  # the next one waits for what this one shows
         if not self._requests:
             self._progress_s = now
             self._former.forget_window()
+        if request.deadline_s is not None:
+            needed_s = self._admission.own_prefill_s(request)
+            self._former.end_window_by(request.deadline_s - needed_s)
         self._requests.add(group, now)
         return None
 
@@ -116,8 +123,7 @@ class Scheduler:
             rejection.reason is RejectReason.DEADLINE_NEVER
             and request.deadline_s is not None
             and request.deadline_s > now
-            and not self._requests
-            and now - self._progress_s >= STALE_COSTS_S
+            and now - self._measured_s >= STALE_COSTS_S
         )
 
     def abort(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
@@ -178,6 +184,8 @@ class Scheduler:
     def _account(self, opened: OpenPlan, failed: Set[int], seconds: float) -> None:
         """Learn from the step what steps cost, and charge the tenants for it."""
         self._costs.step_done(opened.work, seconds)
+        if opened.work.num_prefill_tokens:
+            self._measured_s = opened.began_s + seconds
         sampled = [
             sequence
             for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True)
