@@ -61,6 +61,13 @@ def test_anything_else_is_refused_with_what_is_allowed(text: str) -> None:
     assert "fraction" in said
 
 
+@pytest.mark.parametrize("text", ["9" * 5000, "9" * 400 + ".5"])
+def test_an_endless_number_is_refused_like_any_other(text: str) -> None:
+    """Python would refuse it in words of its own."""
+    with pytest.raises(ConfigError, match=r"^cache\.host_memory is '999.{0,200}allowed"):
+        parse_memory_size("cache.host_memory", text, may_be_zero=True)
+
+
 def test_the_host_tier_may_be_left_out_and_the_device_tier_may_not() -> None:
     """Settings are checked when they are read."""
     assert CacheConfig(host_memory="0").host_memory == "0"

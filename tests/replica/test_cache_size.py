@@ -56,6 +56,19 @@ def test_sizes_are_whole_blocks_of_what_is_configured_or_free(
     assert sizes(device, host, free) == expected
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        CacheConfig("auto", "4MB", load_policy="recompute"),
+        CacheConfig("auto", "4MB", prefix_caching=False),
+    ],
+)
+def test_a_host_tier_that_nobody_would_read_is_not_reserved(config: CacheConfig) -> None:
+    """Its memory is the device tier's to take."""
+    chosen = choose_cache_sizes(config, on_cpu(10 * MEGABYTE), CONTEXT)
+    assert (chosen.num_device_blocks, chosen.num_host_blocks) == (50, 0)
+
+
 def test_auto_takes_no_more_than_is_useful() -> None:
     """Two choices with a context of 33 tokens hold three blocks each; twice that is 12."""
     demand = CacheDemand(33, 2, 16, BLOCK_BYTES, "int8")
@@ -73,7 +86,12 @@ def test_auto_takes_no_more_than_is_useful() -> None:
             on_cpu(5 * MEGABYTE),
             r"cache\.device_memory and cache\.host_memory together needs .*5500000.*5000000",
         ),
-        ("6MB", "1MB", on_gpu(5 * MEGABYTE, 9 * MEGABYTE), r"device_memory needs .*6000000.*500000"),
+        (
+            "6MB",
+            "1MB",
+            on_gpu(5 * MEGABYTE, 9 * MEGABYTE),
+            r"device_memory needs .*6000000.*500000",
+        ),
         ("1MB", "9MB", on_gpu(50 * MEGABYTE, MEGABYTE), r"host_memory needs .*9000000.*1000000"),
     ],
 )

@@ -68,7 +68,8 @@ class CacheConfig:
     use."""
     host_memory: str = "auto"
     """Of the host tier, like the device tier's; 0: no host tier; auto: on GPU machines half of the
-    free memory, elsewhere none (both tiers would be the same memory)."""
+    free memory, elsewhere none (both tiers would be the same memory). None where nothing would be
+    loaded from it (no prefix caching, or load_policy recompute)."""
     kv_dtype: str = "auto"
     """Of cached keys and values: auto (the model's) or int8 (with a scale per token and head: half
     the memory of bfloat16, slightly different answers)."""
@@ -82,6 +83,11 @@ class CacheConfig:
     """Tokens per block, 1 to 256. Higher: less bookkeeping, coarser prefix hits."""
     prefix_caching: bool = True
     """Keeps full blocks for later requests with the same beginning."""
+
+    @property
+    def uses_host_tier(self) -> bool:
+        """Whether anything would ever be read from a host tier."""
+        return self.prefix_caching and self.load_policy != "recompute"
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""

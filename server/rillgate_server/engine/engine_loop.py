@@ -141,7 +141,7 @@ class EngineLoop:
         self._commands.put(_Drain())
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until no request is left; return whether that was in time."""
+        """Wait until no request is left and no copy under way; return whether that was in time."""
         return self._idle.wait(timeout_s)
 
     def stop(self, timeout_s: float) -> bool:

@@ -198,7 +198,10 @@ class CopyTraffic:
         for position, (source, target) in enumerate(copy.job.pairs):
             block_hash = copy.hashes[position]
             # Unless it was forgotten meanwhile: then nobody may find its twin either.
-            is_wanted = tiers.index.hash_of(Tier.DEVICE, source) == block_hash
+            is_wanted = (
+                tiers.index.hash_of(Tier.DEVICE, source) == block_hash
+                and tiers.index.find(Tier.HOST, block_hash) is None
+            )
             if is_wanted and position not in failed:
                 is_added = tiers.index.add(Tier.HOST, block_hash, target, copy.parents[position])
                 assert is_added, "a block was stored that is there"

@@ -207,7 +207,10 @@ class KVCacheManager:
         table.num_committed = 0
 
     def forget(self, table: BlockTable) -> None:
-        """Offer a table's blocks to nobody from now on; those who hold them keep them."""
+        """Offer a table's blocks to nobody from now on; those who hold them keep them.
+
+        What another sequence computed itself it may offer again, when it ends.
+        """
         table.is_private = True
         index = self._tiers.index
         for position in range(table.num_committed):
@@ -336,10 +339,11 @@ class KVCacheManager:
         return replace(self._copies.counts, num_unsaved_blocks=self._tiers.num_unsaved_evictions)
 
     def tier_loads(self) -> tuple[TierLoad, TierLoad]:
-        """Return the state of (device, host)."""
+        """Return the state of (device, host). Of host hits those count whose blocks arrived."""
+        num_loaded = self._copies.counts.num_loaded_blocks
         return (
             _tier_load(self._tiers.device, self._num_device_hit_tokens),
-            _tier_load(self._tiers.host, self._plan.decisions().num_loaded_tokens),
+            _tier_load(self._tiers.host, num_loaded * self.block_size_tokens),
         )
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:

@@ -8,8 +8,9 @@ how the seconds are fitted (kvcache.cost_model).
                                         cut candidates: the ends of the runs
 
 Up to the cut everything is used, the host blocks among it loaded; behind it everything is computed,
-whatever lies there. The time to a cut in the middle of a run of host blocks is no less than that of
-one of the run's ends: loading costs the same per block, computing more the further back a token is.
+whatever lies there. A cut in the middle of a run of host blocks is no better than one of the run's
+ends: loading costs the same per block, computing more the further back a token is (but for the
+fixed cost of one step, where what is left fits into one).
 """
 
 from collections.abc import Callable, Sequence

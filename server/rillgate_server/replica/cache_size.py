@@ -70,6 +70,8 @@ def choose_cache_sizes(config: CacheConfig, free: FreeMemory, demand: CacheDeman
 
 def _host_bytes(config: CacheConfig, free: FreeMemory, demand: CacheDemand) -> int:
     size = parse_memory_size("cache.host_memory", config.host_memory, may_be_zero=True)
+    if not config.uses_host_tier:
+        return 0  # nobody would ever read it
     asked_bytes = size.of(free.host_bytes)
     needed_bytes = demand.num_context_blocks * demand.block_bytes
     if asked_bytes is None:

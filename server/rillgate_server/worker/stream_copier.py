@@ -38,12 +38,14 @@ class StreamCopier:
         sources, targets = self.device.bytes, self.host.bytes
         if direction is CopyDirection.HOST_TO_DEVICE:
             sources, targets = targets, sources
-        with torch.cuda.stream(self._stream):
-            for source, target, length in adjacent_runs(pairs):
-                targets[target : target + length].copy_(
-                    sources[source : source + length], non_blocking=True
-                )
-        self._wait()
+        try:
+            with torch.cuda.stream(self._stream):
+                for source, target, length in adjacent_runs(pairs):
+                    targets[target : target + length].copy_(
+                        sources[source : source + length], non_blocking=True
+                    )
+        finally:
+            self._wait()  # whatever was begun: the blocks of a failed copy are used again
 
     def device_checksum(self, block: int) -> int:
         """Return the CRC-32 of a block on the GPU, over another copy of it."""
