@@ -93,7 +93,9 @@ def test_commands_fit_under_another_parser() -> None:
     """The base package's command takes them in by their entry point."""
     parser = argparse.ArgumentParser()
     add_commands(parser.add_subparsers())
-    args = parser.parse_args(["serve", "--listen", "0.0.0.0:7", "--set", "cache.device_memory=5GiB"])
+    args = parser.parse_args(
+        ["serve", "--listen", "0.0.0.0:7", "--set", "cache.device_memory=5GiB"]
+    )
     assert callable(args.run)
     assert args.listen == "0.0.0.0:7"
 
