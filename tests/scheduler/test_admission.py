@@ -241,6 +241,18 @@ def test_what_the_cache_holds_is_not_counted_against_a_deadline() -> None:
     assert driver.submit(request) is None
 
 
+def test_what_a_request_has_waited_already_is_load() -> None:
+    """It could have been in time on an idle replica: a retry, here or elsewhere, can help."""
+    driver = measured_driver()
+    request = due(make_request(1, prompt=[5] * 160), driver, 0.25)  # 0.2 s alone
+    driver.clock.advance(0.1)
+    rejection = refused(driver, request)
+    assert rejection.reason is RejectReason.DEADLINE_NOW
+    assert rejection.predicted_ttft_s == pytest.approx(0.2, rel=0.05)
+    assert rejection.free == 150
+    assert rejection.retry_after_s > 0.0
+
+
 def test_a_deadline_that_is_too_soon_behind_what_waits_is_refused_now() -> None:
     """It was never queued, and may be tried again when so much less is ahead."""
     driver = measured_driver()

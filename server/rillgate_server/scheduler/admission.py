@@ -145,14 +145,17 @@ class Admission:
     def _refuse_late_when_idle(
         self, request: Request, now: float, count_cached_tokens: Callable[[], int]
     ) -> Rejection | None:
-        """Refuse when the deadline is over, or is too soon for the request's own prefill alone."""
+        """Refuse when the deadline is over, or was too soon for the request's own prefill alone.
+
+        From its arrival on: what it has waited since, for the step under way at least, is load.
+        """
         if request.deadline_s is None:
             return None
-        available_s = request.deadline_s - now
+        available_s = request.deadline_s - min(now, request.arrival_s)
         needed_s = self.own_prefill_s(request)
         if 0.0 < available_s < needed_s:
             needed_s = self.own_prefill_s(request, count_cached_tokens())
-        if available_s > 0.0 and needed_s <= available_s:
+        if request.deadline_s > now and needed_s <= available_s:
             return None
         return Rejection(
             RejectReason.DEADLINE_NEVER,
