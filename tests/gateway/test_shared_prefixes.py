@@ -1,5 +1,6 @@
 """Declared prefixes: which of a prompt's tokens all tenants share."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_the_longest_of_several_counts(text: ModelText, tmp_path: Path) -> None:
     both = declared(tmp_path, text, SYSTEM, longer).num_shared_tokens(prompt)
     assert both == declared(tmp_path, text, longer).num_shared_tokens(prompt)
     assert both > declared(tmp_path, text, SYSTEM).num_shared_tokens(prompt) > 0
+
+
+def test_how_much_is_shared_is_said_and_too_little_aloud(
+    text: ModelText, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else would tell an operator that a declaration has no effect."""
+    with caplog.at_level(logging.INFO):
+        declared(tmp_path, text, SYSTEM)
+        declared(tmp_path, text, "Hi")
+    (long, short) = caplog.records
+    assert long.levelno == logging.INFO
+    assert "0.txt: prompts with it share their first " in long.getMessage()
+    assert short.levelno == logging.WARNING
 
 
 def test_nothing_declared_is_nothing_shared(text: ModelText) -> None:

@@ -56,6 +56,8 @@ FIRST_RETRY_S = 0.05
 """After a broken connection; a Unix socket answers or refuses at once."""
 LONGEST_RETRY_S = 0.25
 """Each failed try doubles the wait up to this; a try at a Unix socket costs about a millisecond."""
+FLUSH_TIMEOUT_S = 30.0
+"""For a flush, which waits for the step under way; a replica that takes longer is frozen."""
 LOST_AFTER_S = 1.0
 """Without a Load for this long a replica is lost (contracts, section 2)."""
 
@@ -219,10 +221,15 @@ class ReplicaLink:
         """Let the replica forget the cached blocks that no request uses; raises NoReplica."""
         if self._stub is None:
             raise NoReplica("no replica is connected now")
-        call: _FlushCall = self._stub.FlushCache(engine_pb2.EngineFlushCacheRequest())
+        call: _FlushCall = self._stub.FlushCache(
+            engine_pb2.EngineFlushCacheRequest(), timeout=FLUSH_TIMEOUT_S
+        )
         try:
             return flushed_from_wire(await call)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                message = f"the replica gave no answer within {FLUSH_TIMEOUT_S:g} s"
+                raise NoReplica(message) from error
             raise NoReplica("the replica was lost before its answer") from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()

@@ -10,6 +10,7 @@ with what follows is never taken for shared. With a template that prints the dat
 next day begin differently: they are right, and share nothing until the gateway starts again.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,11 @@ from rillgate_server.errors import ConfigError, InvalidRequest
 from rillgate_server.gateway.text.chat_template import ChatTurn
 from rillgate_server.gateway.text.model_text import ModelText
 
+_log = logging.getLogger(__name__)
+
 _QUESTIONS = ("a", "What?\nb")
+_FEW_TOKENS = 16
+"""A block's, by default."""
 _FOLLOWING = ("a", " b", "\nc", "1")
 """Behind a plain prompt: a letter, a word, a line, a digit merge with different last characters."""
 
@@ -40,12 +45,18 @@ class SharedPrefixes:
         sequences: list[tuple[int, ...]] = []
         for path in paths:
             text = _read(path)
+            own: list[tuple[int, ...]] = []
             try:
                 # Editors end a file with a newline that callers may or may not send.
                 for variant in {text, text.removesuffix("\n")}:
-                    sequences += _sequences(variant, model_text, template_time_ms)
+                    own += _sequences(variant, model_text, template_time_ms)
             except InvalidRequest as error:
                 raise ConfigError(f"gateway.shared_prefixes: {path}: {error}") from error
+            longest = max(map(len, own))
+            # Less than a block is never found: nothing else would say that it is not.
+            level = logging.INFO if longest >= _FEW_TOKENS else logging.WARNING
+            _log.log(level, "%s: prompts with it share their first %d tokens", path, longest)
+            sequences += own
         return cls([sequence for sequence in sequences if sequence])
 
     def num_shared_tokens(self, prompt_token_ids: tuple[int, ...]) -> int:
