@@ -176,6 +176,7 @@ class RequestStarted:
 
     request_id: int
     queue_s: float
+    """From its arrival until it runs; the load of blocks from the host tier is in it."""
     num_cached_tokens: int
     """Prompt tokens found in the cache, in either tier."""
     num_cached_host_tokens: int = 0
