@@ -209,7 +209,11 @@ def main() -> None:
         "cost_model_over_better_wall": max(wall.values()),
     }
     ratios |= {f"cost_model_over_better_wall_{name}": value for name, value in wall.items()}
-    path = write_results("kv_cache", "make bench-kv", measured.rows() + rows, ratios)
+    command = (
+        f"python -m benchmarks.kv_cache.compare --rounds {options.rounds} "
+        f"--decision-rounds {options.decision_rounds} --threads {options.threads}"
+    )
+    path = write_results("kv_cache", command, measured.rows() + rows, ratios)
     for name, ratio in sorted(ratios.items()):
         print(f"{name}: {ratio:.3f}")
     print(f"written to {path.name}")
