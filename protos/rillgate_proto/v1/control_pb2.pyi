@@ -12,25 +12,49 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_UNSPECIFIED: _ClassVar[ReplicaState]
     REPLICA_STATE_READY: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
+    REPLICA_STATE_FROZEN: _ClassVar[ReplicaState]
 REPLICA_STATE_UNSPECIFIED: ReplicaState
 REPLICA_STATE_READY: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
+REPLICA_STATE_FROZEN: ReplicaState
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("server_version", "uptime_s", "num_open_requests", "replicas")
+    __slots__ = ("server_version", "uptime_s", "num_open_requests", "replicas", "routing_policy", "num_moved_streams", "num_waiting_streams")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     NUM_OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_POLICY_FIELD_NUMBER: _ClassVar[int]
+    NUM_MOVED_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_STREAMS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     uptime_s: float
     num_open_requests: int
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
-    def __init__(self, server_version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., num_open_requests: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ...) -> None: ...
+    routing_policy: str
+    num_moved_streams: int
+    num_waiting_streams: int
+    def __init__(self, server_version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., num_open_requests: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., routing_policy: _Optional[str] = ..., num_moved_streams: _Optional[int] = ..., num_waiting_streams: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("replica_id", "time_limit_ms", "undo")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    TIME_LIMIT_MS_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    time_limit_ms: int
+    undo: bool
+    def __init__(self, replica_id: _Optional[str] = ..., time_limit_ms: _Optional[int] = ..., undo: bool = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("num_open_requests",)
+    NUM_OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    num_open_requests: int
+    def __init__(self, num_open_requests: _Optional[int] = ...) -> None: ...
 
 class FlushCacheRequest(_message.Message):
     __slots__ = ("model",)
@@ -49,7 +73,7 @@ class FlushCacheResponse(_message.Message):
     def __init__(self, num_replicas: _Optional[int] = ..., num_device_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "incarnation", "model", "model_version", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "step_id", "step_age_ms", "prefill_tokens_per_s", "decode_step_ms", "device", "block_size_tokens", "num_preemptions", "num_cached_tokens", "num_prompt_tokens", "num_loading", "host", "copies", "decisions", "costs", "queues")
+    __slots__ = ("replica_id", "incarnation", "model", "model_version", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "step_id", "step_age_ms", "prefill_tokens_per_s", "decode_step_ms", "device", "block_size_tokens", "num_preemptions", "num_cached_tokens", "num_prompt_tokens", "num_loading", "host", "copies", "decisions", "costs", "queues", "address", "set_aside", "tensor_parallel_size", "num_streams", "num_announced_blocks")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +98,11 @@ class ReplicaStatus(_message.Message):
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
     QUEUES_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SET_ASIDE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ANNOUNCED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     incarnation: int
     model: str
@@ -98,7 +127,12 @@ class ReplicaStatus(_message.Message):
     decisions: DecisionStatus
     costs: CostStatus
     queues: _containers.RepeatedCompositeFieldContainer[QueueStatus]
-    def __init__(self, replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., device: _Optional[_Union[TierStatus, _Mapping]] = ..., block_size_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierStatus, _Mapping]] = ..., copies: _Optional[_Union[CopyStatus, _Mapping]] = ..., decisions: _Optional[_Union[DecisionStatus, _Mapping]] = ..., costs: _Optional[_Union[CostStatus, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ...) -> None: ...
+    address: str
+    set_aside: str
+    tensor_parallel_size: int
+    num_streams: int
+    num_announced_blocks: int
+    def __init__(self, replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., device: _Optional[_Union[TierStatus, _Mapping]] = ..., block_size_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierStatus, _Mapping]] = ..., copies: _Optional[_Union[CopyStatus, _Mapping]] = ..., decisions: _Optional[_Union[DecisionStatus, _Mapping]] = ..., costs: _Optional[_Union[CostStatus, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ..., address: _Optional[str] = ..., set_aside: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., num_streams: _Optional[int] = ..., num_announced_blocks: _Optional[int] = ...) -> None: ...
 
 class TierStatus(_message.Message):
     __slots__ = ("num_blocks", "num_blocks_free", "num_blocks_used", "num_blocks_cached", "num_blocks_copying", "num_hit_tokens", "num_evicted_blocks", "num_blocks_pageable")

@@ -46,6 +46,11 @@ class ControlStub(object):
                 request_serializer=rillgate__proto_dot_v1_dot_control__pb2.FlushCacheRequest.SerializeToString,
                 response_deserializer=rillgate__proto_dot_v1_dot_control__pb2.FlushCacheResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/rillgate.v1.Control/Drain',
+                request_serializer=rillgate__proto_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=rillgate__proto_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer(object):
@@ -68,6 +73,14 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Takes a replica, or this whole server, out of service: no new requests, and running ones move to
+        other replicas or finish. Answers when nothing is left or the time is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +93,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.FlushCache,
                     request_deserializer=rillgate__proto_dot_v1_dot_control__pb2.FlushCacheRequest.FromString,
                     response_serializer=rillgate__proto_dot_v1_dot_control__pb2.FlushCacheResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=rillgate__proto_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=rillgate__proto_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +156,33 @@ class Control(object):
             '/rillgate.v1.Control/FlushCache',
             rillgate__proto_dot_v1_dot_control__pb2.FlushCacheRequest.SerializeToString,
             rillgate__proto_dot_v1_dot_control__pb2.FlushCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rillgate.v1.Control/Drain',
+            rillgate__proto_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            rillgate__proto_dot_v1_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,6 +29,12 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECT_REASON_DEADLINE_NEVER: _ClassVar[RejectReason]
     REJECT_REASON_DEADLINE_NOW: _ClassVar[RejectReason]
 
+class CacheTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CACHE_TIER_UNSPECIFIED: _ClassVar[CacheTier]
+    CACHE_TIER_DEVICE: _ClassVar[CacheTier]
+    CACHE_TIER_HOST: _ClassVar[CacheTier]
+
 class EngineState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ENGINE_STATE_UNSPECIFIED: _ClassVar[EngineState]
@@ -48,6 +54,9 @@ REJECT_REASON_OVERLOADED: RejectReason
 REJECT_REASON_DRAINING: RejectReason
 REJECT_REASON_DEADLINE_NEVER: RejectReason
 REJECT_REASON_DEADLINE_NOW: RejectReason
+CACHE_TIER_UNSPECIFIED: CacheTier
+CACHE_TIER_DEVICE: CacheTier
+CACHE_TIER_HOST: CacheTier
 ENGINE_STATE_UNSPECIFIED: EngineState
 ENGINE_STATE_READY: EngineState
 ENGINE_STATE_DRAINING: EngineState
@@ -254,16 +263,56 @@ class Rejected(_message.Message):
     def __init__(self, request_key: _Optional[int] = ..., reason: _Optional[_Union[RejectReason, str]] = ..., asked: _Optional[int] = ..., free: _Optional[int] = ..., limit: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., message: _Optional[str] = ..., predicted_ttft_ms: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("with_blocks",)
+    WITH_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    with_blocks: bool
+    def __init__(self, with_blocks: bool = ...) -> None: ...
 
 class ReplicaEvent(_message.Message):
-    __slots__ = ("welcome", "load")
+    __slots__ = ("welcome", "load", "blocks")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     load: Load
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    blocks: Blocks
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., blocks: _Optional[_Union[Blocks, _Mapping]] = ...) -> None: ...
+
+class Blocks(_message.Message):
+    __slots__ = ("sequence", "snapshot_chunk", "stored", "evicted", "cleared")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    CLEARED_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    snapshot_chunk: BlocksSnapshotChunk
+    stored: BlocksChanged
+    evicted: BlocksChanged
+    cleared: BlocksCleared
+    def __init__(self, sequence: _Optional[int] = ..., snapshot_chunk: _Optional[_Union[BlocksSnapshotChunk, _Mapping]] = ..., stored: _Optional[_Union[BlocksChanged, _Mapping]] = ..., evicted: _Optional[_Union[BlocksChanged, _Mapping]] = ..., cleared: _Optional[_Union[BlocksCleared, _Mapping]] = ...) -> None: ...
+
+class BlocksSnapshotChunk(_message.Message):
+    __slots__ = ("tier", "hashes", "last")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    tier: CacheTier
+    hashes: bytes
+    last: bool
+    def __init__(self, tier: _Optional[_Union[CacheTier, str]] = ..., hashes: _Optional[bytes] = ..., last: bool = ...) -> None: ...
+
+class BlocksChanged(_message.Message):
+    __slots__ = ("tier", "hashes")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    tier: CacheTier
+    hashes: bytes
+    def __init__(self, tier: _Optional[_Union[CacheTier, str]] = ..., hashes: _Optional[bytes] = ...) -> None: ...
+
+class BlocksCleared(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol_version", "replica_id", "incarnation", "model", "model_version_digest", "tokenizer_digest", "vocab_size", "max_context_tokens", "block_size_tokens", "hash_scheme", "kv_dtype", "tensor_parallel_size", "max_running")
@@ -296,7 +345,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., model_version_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., hash_scheme: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., max_running: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("step_id", "step_age_ms", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "device", "prefill_tokens_per_s", "decode_step_ms", "num_preemptions", "num_cached_tokens", "num_prompt_tokens", "num_loading", "host", "copies", "decisions", "costs", "queues")
+    __slots__ = ("step_id", "step_age_ms", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "device", "prefill_tokens_per_s", "decode_step_ms", "num_preemptions", "num_cached_tokens", "num_prompt_tokens", "num_loading", "host", "copies", "decisions", "costs", "queues", "free_cpu_fraction", "free_device_fraction", "longest_step_ms")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -316,6 +365,9 @@ class Load(_message.Message):
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
     QUEUES_FIELD_NUMBER: _ClassVar[int]
+    FREE_CPU_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    FREE_DEVICE_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     step_age_ms: float
     state: EngineState
@@ -335,7 +387,10 @@ class Load(_message.Message):
     decisions: LoadDecisions
     costs: FittedCosts
     queues: _containers.RepeatedCompositeFieldContainer[QueueLoad]
-    def __init__(self, step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., state: _Optional[_Union[EngineState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., device: _Optional[_Union[TierLoad, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., copies: _Optional[_Union[CopyCounts, _Mapping]] = ..., decisions: _Optional[_Union[LoadDecisions, _Mapping]] = ..., costs: _Optional[_Union[FittedCosts, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueLoad, _Mapping]]] = ...) -> None: ...
+    free_cpu_fraction: float
+    free_device_fraction: float
+    longest_step_ms: float
+    def __init__(self, step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., state: _Optional[_Union[EngineState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., device: _Optional[_Union[TierLoad, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., copies: _Optional[_Union[CopyCounts, _Mapping]] = ..., decisions: _Optional[_Union[LoadDecisions, _Mapping]] = ..., costs: _Optional[_Union[FittedCosts, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueLoad, _Mapping]]] = ..., free_cpu_fraction: _Optional[float] = ..., free_device_fraction: _Optional[float] = ..., longest_step_ms: _Optional[float] = ...) -> None: ...
 
 class TierLoad(_message.Message):
     __slots__ = ("num_blocks", "num_blocks_free", "num_blocks_used", "num_blocks_cached", "num_blocks_copying", "num_hit_tokens", "num_evicted_blocks", "num_blocks_pageable")
@@ -440,3 +495,15 @@ class EngineFlushCacheResponse(_message.Message):
     num_device_blocks: int
     num_host_blocks: int
     def __init__(self, num_device_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ...) -> None: ...
+
+class EngineDrainRequest(_message.Message):
+    __slots__ = ("undo",)
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    undo: bool
+    def __init__(self, undo: bool = ...) -> None: ...
+
+class EngineDrainResponse(_message.Message):
+    __slots__ = ("num_open_requests",)
+    NUM_OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    num_open_requests: int
+    def __init__(self, num_open_requests: _Optional[int] = ...) -> None: ...

@@ -51,6 +51,11 @@ class EngineStub(object):
                 request_serializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheRequest.SerializeToString,
                 response_deserializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/rillgate.v1.Engine/Drain',
+                request_serializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineDrainRequest.SerializeToString,
+                response_deserializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineDrainResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServicer(object):
@@ -68,7 +73,7 @@ class EngineServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """What the replica is, once, then its load every 200 ms.
+        """What the replica is, once, then its load every 200 ms and, where asked for, its cached blocks.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -77,6 +82,13 @@ class EngineServicer(object):
 
     def FlushCache(self, request, context):
         """Forgets the cached blocks that no request uses, in both tiers, after the step under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes no more requests on, or takes them on again; those that run go on. Gateways see it in Load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,6 +111,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.FlushCache,
                     request_deserializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheRequest.FromString,
                     response_serializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineDrainRequest.FromString,
+                    response_serializer=rillgate__proto_dot_v1_dot_engine__pb2.EngineDrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -184,6 +201,33 @@ class Engine(object):
             '/rillgate.v1.Engine/FlushCache',
             rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheRequest.SerializeToString,
             rillgate__proto_dot_v1_dot_engine__pb2.EngineFlushCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rillgate.v1.Engine/Drain',
+            rillgate__proto_dot_v1_dot_engine__pb2.EngineDrainRequest.SerializeToString,
+            rillgate__proto_dot_v1_dot_engine__pb2.EngineDrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

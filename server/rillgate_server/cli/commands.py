@@ -93,7 +93,7 @@ def add_commands(subparsers: Subparsers) -> None:
 
 _EPILOG = """settings, the later winning:
   FILE ([group] field = value)  <  RILLGATE_GROUP__FIELD  <  flags
-  groups: model, batcher, cache, gateway, replica, log (docs/configuration.md)
+  groups: model, batcher, cache, gateway, replica, link, serve, log (docs/configuration.md)
 
 examples:
   rillgate serve

@@ -13,6 +13,9 @@ MAX_MODEL_NAME_BYTES = 256
 """Of a model's name, in settings and requests."""
 MAX_SOCKET_PATH_BYTES = 100
 """Of a Unix socket's path."""
+MAX_REPLICA_NAME_BYTES = 128
+"""Of a replica's name."""
+ROUTING_POLICIES = ("prefix", "least-load", "round-robin", "weighted-least-connections")
 _MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 16, 1024
 
 
@@ -146,30 +149,27 @@ class GatewayConfig:
     """Paths of text files, each a system message whose cached blocks all tenants share; with a chat
     template that prints the date, until the next day (in the environment and in flags a JSON
     list)."""
+    replica_addresses: tuple[str, ...] = ()
+    """Where replicas listen: `host:port` (a name may have many addresses, which are looked up again
+    and again), `unix:PATH`, or `file:PATH` with an address per line, read again when it changes
+    (in the environment and in flags a JSON list); empty: those that `rillgate serve` starts."""
+    routing_policy: str = "prefix"
+    """Who gets a request: prefix (the longest cached beginning, then the least load), least-load,
+    round-robin, or weighted-least-connections."""
+    failover_wait_s: float = 30.0
+    """Time that a stream whose replica was lost waits for another one, 0 to 86,400 s. Higher:
+    longer pauses instead of errors."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
-        host, colon, port = self.listen.rpartition(":")
-        if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
-            raise ConfigError(
-                f"gateway.listen is {self.listen!r}; allowed: HOST:PORT with a port of 0 to 65535"
-            )
+        _check_address("gateway.listen", self.listen)
         _check("gateway.max_message_bytes", self.max_message_bytes, 1 << 10, 1 << 30)
         _check("gateway.keepalive_s", self.keepalive_s, 0.1, 7200)
         _check("gateway.keepalive_timeout_s", self.keepalive_timeout_s, 0.1, 600)
         _check("gateway.drain_grace_s", self.drain_grace_s, 0, 86400)
-        try:
-            num_bytes = len(self.cluster_secret.encode())
-        except UnicodeEncodeError:  # its text would show what it could not encode
-            raise ConfigError(
-                "gateway.cluster_secret is no UTF-8 text; allowed: none, or "
-                f"{_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes of it"
-            ) from None
-        if num_bytes and not _MIN_SECRET_BYTES <= num_bytes <= _MAX_SECRET_BYTES:
-            raise ConfigError(
-                f"gateway.cluster_secret has {num_bytes} bytes; allowed: none, or "
-                f"{_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES}"
-            )
+        _check_choice("gateway.routing_policy", self.routing_policy, ROUTING_POLICIES)
+        _check("gateway.failover_wait_s", self.failover_wait_s, 0, 86_400)
+        _check_secret("gateway.cluster_secret", self.cluster_secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +183,22 @@ class ReplicaConfig:
     """Threads of the computation, 0 to 1024; 0: one per core that this process may use."""
     drain_grace_s: float = 30.0
     """Time that running requests have to finish after SIGTERM, 0 to 86400 s."""
+    name: str = ""
+    """What status and logs call it, at most 128 bytes; empty: host name and process id."""
+    listen: str = ""
+    """HOST:PORT of a door for gateways on other machines, beside or instead of the socket; port 0
+    takes a free one. Needs link.tls_* or link.token, or link.insecure; empty: none."""
+    tensor_parallel_size: int = 1
+    """Ranks (processes) that the model is split over, 1 to 256. Higher: less memory and time for
+    each rank, more talk between them."""
+    rank: int = 0
+    """Which of the ranks this process is, 0 to tensor_parallel_size - 1; rank 0 decides and
+    serves."""
+    rendezvous: str = ""
+    """HOST:PORT of rank 0's machine, where the ranks meet; needed with more than one rank."""
+    min_step_ms: float = 0.0
+    """For debugging: the shortest time of a step that computes, 0 to 60,000 ms. Higher: streams
+    last longer."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
@@ -191,8 +207,68 @@ class ReplicaConfig:
                 f"replica.socket has {len(self.socket.encode())} bytes; allowed: at most "
                 f"{MAX_SOCKET_PATH_BYTES} (the system's limit is 107)"
             )
+        if len(self.name.encode()) > MAX_REPLICA_NAME_BYTES:
+            raise ConfigError(
+                f"replica.name has {len(self.name.encode())} bytes; allowed: at most "
+                f"{MAX_REPLICA_NAME_BYTES}"
+            )
         _check("replica.num_threads", self.num_threads, 0, 1024)
         _check("replica.drain_grace_s", self.drain_grace_s, 0, 86400)
+        _check("replica.tensor_parallel_size", self.tensor_parallel_size, 1, 256)
+        _check("replica.rank", self.rank, 0, self.tensor_parallel_size - 1)
+        _check("replica.min_step_ms", self.min_step_ms, 0, 60_000)
+        if self.listen:
+            _check_address("replica.listen", self.listen)
+        if self.rendezvous:
+            _check_address("replica.rendezvous", self.rendezvous)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    """The connection between gateway and replicas over TCP; both ends read the same group."""
+
+    tls_certificate: str = ""
+    """Path of this end's certificate (PEM), which the other end must trust; both ends show one."""
+    tls_key: str = ""
+    """Path of its key (PEM)."""
+    tls_authority: str = ""
+    """Path of the authority's certificate (PEM) that the other end's must be signed by."""
+    tls_server_name: str = ""
+    """Name that a replica's certificate must have; empty: the host of its address."""
+    token: str = field(default="", repr=False)
+    """Shared by both ends: 16 to 1024 bytes; keeps strangers out, encrypts nothing by itself."""
+    insecure: bool = False
+    """Opens the door to whoever can connect, though it lies behind every quota."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of its range."""
+        given = [bool(it) for it in (self.tls_certificate, self.tls_key, self.tls_authority)]
+        if any(given) and not all(given):
+            raise ConfigError(
+                "link.tls_certificate, link.tls_key and link.tls_authority must be given together"
+            )
+        _check_secret("link.token", self.token)
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether both ends show certificates."""
+        return bool(self.tls_certificate)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """What `rillgate serve` starts."""
+
+    num_replicas: int = 1
+    """Replicas side by side, 0 to 256; each has its own copy of the model. 0: only those of
+    gateway.replica_addresses."""
+    devices: str = "auto"
+    """Devices that replicas and ranks are put on, in order, by commas (`cuda:0,cuda:1`, `cpu`);
+    auto: all CUDA devices, or the CPU."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of its range."""
+        _check("serve.num_replicas", self.num_replicas, 0, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,3 +292,25 @@ def _check(field: str, value: float, lowest: float, highest: float) -> None:
 def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _check_address(field: str, value: str) -> None:
+    host, colon, port = value.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ConfigError(f"{field} is {value!r}; allowed: HOST:PORT with a port of 0 to 65535")
+
+
+def _check_secret(field: str, value: str) -> None:
+    """Raise ConfigError that never shows the secret."""
+    try:
+        num_bytes = len(value.encode())
+    except UnicodeEncodeError:  # its text would show what it could not encode
+        raise ConfigError(
+            f"{field} is no UTF-8 text; allowed: none, or "
+            f"{_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes of it"
+        ) from None
+    if num_bytes and not _MIN_SECRET_BYTES <= num_bytes <= _MAX_SECRET_BYTES:
+        raise ConfigError(
+            f"{field} has {num_bytes} bytes; allowed: none, or "
+            f"{_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES}"
+        )

@@ -28,15 +28,17 @@ from rillgate_server.config.groups import (
     BatcherConfig,
     CacheConfig,
     GatewayConfig,
+    LinkConfig,
     LogConfig,
     ModelConfig,
     ReplicaConfig,
+    ServeConfig,
 )
 from rillgate_server.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "RILLGATE_"
 _DELIMITER = "__"
-_SECRETS = frozenset({"gateway.cluster_secret"})
+_SECRETS = frozenset({"gateway.cluster_secret", "link.token"})
 
 
 class Settings(BaseSettings):
@@ -60,6 +62,10 @@ class Settings(BaseSettings):
     """The public door."""
     replica: ReplicaConfig = ReplicaConfig()
     """The replica's process."""
+    link: LinkConfig = LinkConfig()
+    """Between gateway and replicas."""
+    serve: ServeConfig = ServeConfig()
+    """What `rillgate serve` starts."""
     log: LogConfig = LogConfig()
     """What is written to stderr."""
 

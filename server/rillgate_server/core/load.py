@@ -138,6 +138,12 @@ class EngineLoad:
     """Since the start, like the two below."""
     num_cached_tokens: int = 0
     num_prompt_tokens: int = 0
+    free_cpu_fraction: float = 1.0
+    """Share of the machine's processor time that was idle lately, 0 to 1."""
+    free_device_fraction: float = 1.0
+    """Share of the device tier's blocks that no request uses, 0 to 1."""
+    longest_step_s: float = 0.0
+    """The longest step that the fitted costs predict; 0 until measured."""
 
 
 MAX_QUEUE_LOADS = 64

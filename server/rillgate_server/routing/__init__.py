@@ -1,0 +1,1 @@
+"""Where a request goes: which replica, and when it moves (pure)."""
