@@ -46,4 +46,7 @@ engine_loads = st.builds(
     num_preemptions=_counts,
     num_cached_tokens=_counts,
     num_prompt_tokens=_counts,
+    free_cpu_fraction=_numbers,
+    free_device_fraction=_numbers,
+    longest_step_s=_seconds,
 )

@@ -1,6 +1,6 @@
 """A replica's report reaches operators whole: from core's load to the client's plain values."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from hypothesis import given, settings
 
@@ -29,7 +29,13 @@ def test_every_number_of_a_load_reaches_the_client(load: EngineLoad) -> None:
         queue["priority"] = queue["priority"].name
     same = seen.keys() & given_load.keys()
     assert {name: seen[name] for name in same} == {name: given_load[name] for name in same}
-    assert given_load.keys() - same == {"step_age_s", "is_draining", "decode_step_s"}
+    for_gateways = {"free_cpu_fraction", "free_device_fraction", "longest_step_s"}
+    assert given_load.keys() - same == {
+        "step_age_s",
+        "is_draining",
+        "decode_step_s",
+        *for_gateways,
+    }
     assert seen["step_age_ms"] == load.step_age_s * 1000
     assert seen["decode_step_ms"] == load.decode_step_s * 1000
     state = ReplicaState.DRAINING if load.is_draining else ReplicaState.READY
@@ -41,3 +47,10 @@ def test_a_silent_replica_is_named_and_not_connected() -> None:
     seen = as_seen(None)
     assert (seen.replica_id, seen.state) == (WELCOME.replica_id, ReplicaState.NOT_CONNECTED)
     assert seen.device.num_blocks == 0
+
+
+def test_the_ranks_of_a_replica_are_known_without_a_load() -> None:
+    """They are what it is, not what it does."""
+    message = replica_status(replace(WELCOME, tensor_parallel_size=4), None)
+    status = to_status(pb.GetStatusResponse(replicas=[message]))
+    assert status.replicas[0].tensor_parallel_size == 4

@@ -1,7 +1,7 @@
 """What a replica says of itself, in engine.proto's messages and core's plain types, both ways.
 
 Owns that mapping alone: Welcome, Load with all that hangs on it, and what a flush dropped. Requests
-and their events are convert_engine's.
+and their events are convert_engine's, blocks convert_blocks'.
 """
 
 from rillgate_proto.v1 import engine_pb2
@@ -85,6 +85,9 @@ def load_event(load: EngineLoad) -> engine_pb2.ReplicaEvent:
             decisions=_decisions_to_wire(load.decisions),
             costs=_costs_to_wire(load.costs),
             queues=map(_queue_to_wire, load.queues),
+            free_cpu_fraction=load.free_cpu_fraction,
+            free_device_fraction=load.free_device_fraction,
+            longest_step_ms=load.longest_step_s * 1e3,
         )
     )
 
@@ -111,6 +114,9 @@ def load_from_wire(message: engine_pb2.Load) -> EngineLoad:
         decisions=_decisions_from_wire(message.decisions),
         costs=_costs_from_wire(message.costs),
         queues=tuple(map(_queue_from_wire, message.queues)),
+        free_cpu_fraction=message.free_cpu_fraction,
+        free_device_fraction=message.free_device_fraction,
+        longest_step_s=message.longest_step_ms / 1e3,
     )
 
 

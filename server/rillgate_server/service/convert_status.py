@@ -24,13 +24,17 @@ _PRIORITY_TO_WIRE = {
 
 
 def replica_status(welcome: Welcome, load: EngineLoad | None) -> pb.ReplicaStatus:
-    """Build a replica's entry; without a load it is not connected."""
+    """Build a replica's entry; without a load it is not connected.
+
+    What the gateway alone knows of it (address, streams, announced blocks) is the caller's to add.
+    """
     status = pb.ReplicaStatus(
         replica_id=welcome.replica_id,
         incarnation=welcome.incarnation,
         model=welcome.model,
         model_version=welcome.model_version_digest,
         block_size_tokens=welcome.block_size_tokens,
+        tensor_parallel_size=welcome.tensor_parallel_size,
     )
     if load is not None:
         status.MergeFrom(_load(load))
