@@ -121,12 +121,26 @@ def flush_cache_request(model: str) -> control_pb2.FlushCacheRequest:
     return request
 
 
+def drain_request(
+    replica_id: str, time_limit_s: float | None, undo: bool
+) -> control_pb2.DrainRequest:
+    """Build the request."""
+    request = control_pb2.DrainRequest(undo=undo)
+    with _field("replica_id"):
+        request.replica_id = replica_id
+    if time_limit_s is not None:
+        with _field("time_limit_ms"):
+            # 0 would mean the server's own grace.
+            request.time_limit_ms = round(time_limit_s * 1000) or 1
+    return request
+
+
 @contextmanager
 def _field(name: str) -> Iterator[None]:
     """Turn protobuf's refusal of a value into our error for the field."""
     try:
         yield
-    except ValueError as error:  # UnicodeEncodeError is one
+    except (ValueError, OverflowError) as error:  # UnicodeEncodeError is one
         violation = FieldViolation(name, f"cannot be sent: {error}")
         raise InvalidRequestError(str(violation), (violation,)) from error
 

@@ -21,6 +21,7 @@ from rillgate_proto.v1 import control_pb2, inference_pb2
 _STATES = {
     int(control_pb2.REPLICA_STATE_READY): ReplicaState.READY,
     int(control_pb2.REPLICA_STATE_DRAINING): ReplicaState.DRAINING,
+    int(control_pb2.REPLICA_STATE_FROZEN): ReplicaState.FROZEN,
 }
 _PRIORITIES = {
     int(inference_pb2.PRIORITY_HIGH): Priority.HIGH,
@@ -35,6 +36,9 @@ def to_status(message: control_pb2.GetStatusResponse) -> ServerStatus:
         uptime_s=message.uptime_s,
         num_open_requests=message.num_open_requests,
         replicas=tuple(map(_to_replica, message.replicas)),
+        routing_policy=message.routing_policy,
+        num_moved_streams=message.num_moved_streams,
+        num_waiting_streams=message.num_waiting_streams,
     )
 
 
@@ -64,6 +68,11 @@ def _to_replica(message: control_pb2.ReplicaStatus) -> ReplicaStatus:
         decisions=_to_decisions(message.decisions),
         costs=_to_costs(message.costs),
         queues=tuple(map(_to_queue, message.queues)),
+        address=message.address,
+        set_aside=message.set_aside,
+        tensor_parallel_size=message.tensor_parallel_size,
+        num_streams=message.num_streams,
+        num_announced_blocks=message.num_announced_blocks,
     )
 
 

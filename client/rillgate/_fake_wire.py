@@ -14,6 +14,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from rillgate._methods import (
     COMPLETE,
     DETOKENIZE,
+    DRAIN,
     FLUSH_CACHE,
     GENERATE,
     GET_STATUS,
@@ -52,6 +53,9 @@ class Answers(Protocol):
     def flush_cache(self) -> control_pb2.FlushCacheResponse:
         """Forget what is cached."""
 
+    def drain(self, message: control_pb2.DrainRequest) -> control_pb2.DrainResponse:
+        """Take no more generations on."""
+
 
 def handlers(answers: Answers) -> list[grpc.GenericRpcHandler]:
     """Make the handlers of every method."""
@@ -67,6 +71,7 @@ def handlers(answers: Answers) -> list[grpc.GenericRpcHandler]:
     control: _Handlers = {
         "GetStatus": _unary(GET_STATUS, lambda _, __: answers.status()),
         "FlushCache": _unary(FLUSH_CACHE, lambda _, __: answers.flush_cache()),
+        "Drain": _unary(DRAIN, lambda message, _: answers.drain(message)),
     }
     health: _Handlers = {
         "Watch": grpc.unary_stream_rpc_method_handler(

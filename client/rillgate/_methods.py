@@ -61,6 +61,11 @@ FLUSH_CACHE = Method(
     control_pb2.FlushCacheRequest,
     control_pb2.FlushCacheResponse,
 )
+DRAIN = Method(
+    "/rillgate.v1.Control/Drain",
+    control_pb2.DrainRequest,
+    control_pb2.DrainResponse,
+)
 GET_STATUS = Method(
     "/rillgate.v1.Control/GetStatus",
     control_pb2.GetStatusRequest,

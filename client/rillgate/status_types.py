@@ -16,6 +16,8 @@ class ReplicaState(Enum):
     READY = "ready"
     DRAINING = "draining"
     """Finishes what it has."""
+    FROZEN = "frozen"
+    """Has work and makes no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,16 @@ class ReplicaStatus:
     costs: CostStatus = CostStatus()
     queues: tuple[QueueStatus, ...] = ()
     """The largest first, at most 64."""
+    address: str = ""
+    """Where the gateway finds it."""
+    set_aside: str = ""
+    """Why the gateway does not use it; empty: it does."""
+    tensor_parallel_size: int = 1
+    """Ranks that the model is split over."""
+    num_streams: int = 0
+    """Streams of the gateway that it answers now."""
+    num_announced_blocks: int = 0
+    """Cached blocks that the gateway's router knows of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +179,12 @@ class ServerStatus:
     uptime_s: float
     num_open_requests: int
     replicas: tuple[ReplicaStatus, ...]
+    routing_policy: str = ""
+    """How the gateway chooses a replica."""
+    num_moved_streams: int = 0
+    """Streams moved to another replica since the start, whatever the reason."""
+    num_waiting_streams: int = 0
+    """Streams that wait for a replica now."""
 
     @property
     def num_running(self) -> int:

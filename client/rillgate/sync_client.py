@@ -17,6 +17,7 @@ from rillgate._accumulate import Accumulator
 from rillgate._channel import plan_channel
 from rillgate._convert_request import (
     detokenize_request,
+    drain_request,
     flush_cache_request,
     generate_request,
     tokenize_request,
@@ -27,6 +28,7 @@ from rillgate._health import HEALTH_WATCH, health_request, is_serving
 from rillgate._methods import (
     COMPLETE,
     DETOKENIZE,
+    DRAIN,
     FLUSH_CACHE,
     GENERATE,
     GET_STATUS,
@@ -202,6 +204,22 @@ class Client:
         """Make the replicas (of one model, or all) forget cached blocks that no request uses."""
         request = flush_cache_request(model)
         return to_flushed(self._call(FLUSH_CACHE, request, timeout_s))
+
+    def drain(
+        self,
+        replica_id: str = "",
+        *,
+        time_limit_s: float | None = None,
+        undo: bool = False,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Take a replica (or all: the whole server) out of service; return its open requests.
+
+        Answers when none is left, or after `time_limit_s` (None: the server's own grace). Running
+        streams move to other replicas or finish. `undo` takes a replica back.
+        """
+        request = drain_request(replica_id, time_limit_s, undo)
+        return (self._call(DRAIN, request, timeout_s)).num_open_requests
 
     def wait_ready(self, timeout_s: float, model: str = "") -> None:
         """Wait until the server says that it (or one model of it) can answer.

@@ -113,6 +113,7 @@ class FakeServer:
         `port`: 0 takes a free one. `credentials`: speak TLS, as grpc.ssl_server_credentials says.
         """
         self.requests: list[FakeRequest] = []
+        self.drains: list[control_pb2.DrainRequest] = []
         self._tokens_per_message = tokens_per_message
         self._replies: deque[FakeReply | FakeError] = deque()
         self._changed = threading.Condition()  # guards what follows, and the queue
@@ -293,6 +294,12 @@ class FakeServer:
         return control_pb2.FlushCacheResponse(
             num_replicas=1, num_device_blocks=dropped, num_host_blocks=dropped
         )
+
+    def drain(self, message: control_pb2.DrainRequest) -> control_pb2.DrainResponse:
+        """Record the wish; what is open stays open."""
+        with self._changed:
+            self.drains.append(message)
+            return control_pb2.DrainResponse(num_open_requests=self._num_open)
 
 
 def fail(context: grpc.ServicerContext, error: FakeError) -> NoReturn:

@@ -136,6 +136,10 @@ def test_the_other_calls_return_plain_values(server: FakeServer, client: Client)
     flushed = client.flush_cache()
     assert (flushed.num_replicas, flushed.num_device_blocks, flushed.num_host_blocks) == (1, 10, 10)
     assert client.status().num_blocks_cached == 0
+    assert client.drain("replica-0", time_limit_s=0.0001) == 0
+    assert (server.drains[0].replica_id, server.drains[0].time_limit_ms) == ("replica-0", 1)
+    with pytest.raises(InvalidRequestError, match="time_limit_ms"):
+        client.drain(time_limit_s=-1)
 
 
 async def test_the_other_calls_awaited_return_the_same(
@@ -147,6 +151,8 @@ async def test_the_other_calls_awaited_return_the_same(
         assert await async_client.models() == await asyncio.to_thread(client.models)
         assert await async_client.status() == await asyncio.to_thread(client.status)
     assert await async_client.detokenize([104]) == "h"
+    assert await async_client.drain("replica-0", undo=True) == 0
+    assert server.drains[0].undo
 
 
 @pytest.mark.parametrize("max_concurrency", [1, 3, 50])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeAlias
 
-from rillgate.cli import bench, chat, flush_cache, generate, models, status
+from rillgate.cli import bench, chat, drain, flush_cache, generate, models, status
 from rillgate.cli.arguments import UsageError
 from rillgate.errors import RillgateError, UnavailableError
 
@@ -24,6 +24,7 @@ _CLIENT_COMMANDS: dict[str, Callable[[Subparsers], None]] = {
     "status": status.add_command,
     "models": models.add_command,
     "flush-cache": flush_cache.add_command,
+    "drain": drain.add_command,
     "bench": bench.add_command,
 }
 # What the server adds where it is installed: name -> help.

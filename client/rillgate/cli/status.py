@@ -13,7 +13,7 @@ from enum import Enum
 
 from rillgate.cli.arguments import add_connection_flags, connect
 from rillgate.cli.status_tables import print_replica
-from rillgate.cli.terminal import CLEAR_SCREEN
+from rillgate.cli.terminal import CLEAR_SCREEN, printable
 from rillgate.status_types import ServerStatus
 from rillgate.sync_client import Client
 
@@ -63,6 +63,11 @@ def _print(status: ServerStatus) -> None:
         f"{status.num_open_requests} open, {status.num_running} running, "
         f"{status.num_waiting} waiting"
     )
+    if status.routing_policy:
+        print(
+            f"routing {printable(status.routing_policy)}; {status.num_moved_streams} streams "
+            f"moved, {status.num_waiting_streams} wait for a replica"
+        )
     if not status.replicas:
         print("no replica is connected: it is loading, or it is being restarted")
     for replica in status.replicas:

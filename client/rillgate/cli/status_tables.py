@@ -11,7 +11,7 @@ from rillgate.status_types import CostStatus, ReplicaStatus, TierStatus
 
 def print_replica(replica: ReplicaStatus) -> None:
     """Print one replica: what it does, its cache by tier, its queue, what things cost."""
-    for line in (_identity(replica), _batch(replica), _preemptions(replica)):
+    for line in (_identity(replica), *_place(replica), _batch(replica), _preemptions(replica)):
         print(printable(line))
     print_table(_TIER_HEADERS, _tier_rows(replica))
     if replica.host.num_blocks:
@@ -24,7 +24,22 @@ def print_replica(replica: ReplicaStatus) -> None:
 
 
 def _identity(replica: ReplicaStatus) -> str:
-    return f"{replica.replica_id}  {replica.model}  {replica.state.value}"
+    ranks = replica.tensor_parallel_size
+    split = f"  {ranks} ranks" if ranks > 1 else ""
+    return f"{replica.replica_id}  {replica.model}{split}  {replica.state.value}"
+
+
+def _place(replica: ReplicaStatus) -> Sequence[str]:
+    """Say what the gateway has to do with it."""
+    lines = []
+    if replica.address:
+        lines.append(
+            f"at {replica.address}: {replica.num_streams} streams, "
+            f"{replica.num_announced_blocks} blocks announced"
+        )
+    if replica.set_aside:
+        lines.append(f"not used: {replica.set_aside}")
+    return lines
 
 
 def _batch(replica: ReplicaStatus) -> str:

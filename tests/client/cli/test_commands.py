@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rillgate import Client
 from rillgate.cli import main
 from rillgate.testing import FakeError, FakeReply, FakeServer
 from rillgate.types import ChatMessage
@@ -139,6 +140,27 @@ def test_flush_cache_says_what_was_dropped(server: FakeServer) -> None:
     assert status["replicas"][0]["host"]["num_blocks_cached"] == 0
 
 
+def test_drain_names_the_replica_the_limit_and_what_still_runs(server: FakeServer) -> None:
+    """Exit status 0 once nothing is left; the wish arrives as it was given."""
+    done = _run("drain", "replica-0", "--time-limit", "1.5", target=server.target)
+    assert (done.returncode, done.stdout) == (0, "replica-0 is drained: 0 open\n")
+    done = _run("drain", "replica-0", "--undo", target=server.target)
+    assert (done.returncode, done.stdout) == (0, "replica-0 is back in service: 0 open\n")
+    done = _run("drain", "--json", target=server.target)
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"num_open_requests": 0})
+    asked = [(it.replica_id, it.time_limit_ms, it.undo) for it in server.drains]
+    assert asked == [("replica-0", 1500, False), ("replica-0", 0, True), ("", 0, False)]
+
+
+def test_drain_fails_where_streams_are_left(server: FakeServer) -> None:
+    """A script that stops a machine next must not take this for done."""
+    server.reply(FakeReply("a long answer", hold_after=0))
+    with Client(server.target) as client, client.stream("p"):
+        assert server.wait_open(1)
+        done = _run("drain", target=server.target)
+    assert (done.returncode, done.stdout) == (1, "the server is drained: 1 open\n")
+
+
 def test_status_watch_goes_on_until_ctrl_c(server: FakeServer) -> None:
     """It draws again and again, and Ctrl-C is its ordinary end."""
     with Terminal("status", "--watch", "0.1", target=server.target) as terminal:
@@ -149,7 +171,7 @@ def test_status_watch_goes_on_until_ctrl_c(server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["generate p", "chat", "status", "models", "bench", "flush-cache"]
+    "command", ["generate p", "chat", "status", "models", "bench", "flush-cache", "drain"]
 )
 def test_no_server_is_one_line_that_names_the_address(command: str) -> None:
     """Every command says where nobody answered, without a traceback."""
@@ -179,6 +201,7 @@ def test_a_refused_request_is_one_line(server: FakeServer) -> None:
         (("bench", "--concurrency", "0"), "0 is too small"),
         (("bench", "--request-rate", "-1"), "-1 is too small"),
         (("bench", "--dataset", "/nowhere"), "/nowhere"),
+        (("drain", "--undo"), "--undo needs a REPLICA"),
         ((), "COMMAND"),
     ],
 )

@@ -91,6 +91,24 @@ def test_a_replica_without_a_host_tier_shows_none_of_it(
     assert not [line for line in lines if line.startswith(("host", "queue", "cost", "blocks:"))]
 
 
+def test_the_gateways_side_of_a_replica_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it is, what runs there, over how many ranks, and why it is not used."""
+    placed = replace(
+        PLAIN,
+        state=ReplicaState.FROZEN,
+        address="10.0.0.2:7000",
+        num_streams=3,
+        num_announced_blocks=77,
+        tensor_parallel_size=2,
+        set_aside="it has another tokenizer",
+    )
+    assert printed(placed, capsys)[:3] == [
+        "replica-0  demo  2 ranks  frozen",
+        "at 10.0.0.2:7000: 3 streams, 77 blocks announced",
+        "not used: it has another tokenizer",
+    ]
+
+
 def test_every_line_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """With large numbers, too."""
     large = TierStatus(10**7, 10**7, 10**7, 10**7, 10**7, 10**9, 10**6)
