@@ -7,9 +7,10 @@ from threading import Condition, Event, Thread, get_ident
 
 import pytest
 
+from rillgate_server.core.block_events import BlockDelta, BlockSnapshot
 from rillgate_server.core.clock import VirtualClock
 from rillgate_server.core.request import ChoiceStart, RejectReason, Request, RequestRejected
-from rillgate_server.core.step import StepPlan
+from rillgate_server.core.step import StepOutput, StepPlan
 from rillgate_server.engine.engine import Engine
 from rillgate_server.engine.engine_loop import EngineEvent, EngineLoop
 from rillgate_server.engine.testing import FakeExecutor
@@ -36,6 +37,7 @@ class Harness:
         )
         self.answers = Answers()
         self.rejected: dict[int, RequestRejected] = {}
+        self.blocks: list[BlockSnapshot | BlockDelta] = []
         self.threads: set[int] = set()
         self.fatal: Exception | None = None
         self.fatal_event = Event()
@@ -66,9 +68,11 @@ class Harness:
             self.threads.add(get_ident())
             if isinstance(event, RequestRejected):
                 self.rejected[event.request_id] = event
-            else:
+            elif isinstance(event, StepOutput):
                 self.answers.take(event)
                 self.scheduler.check_integrity()
+            else:
+                self.blocks.append(event)
             self._changed.notify_all()
 
     def _give_up(self, error: Exception) -> None:
@@ -285,3 +289,27 @@ def test_a_flush_happens_between_steps_and_says_how_much() -> None:
         harness.submit(make_request(2))
         harness.wait_for(lambda: harness.has_ended(2))
     assert harness.loop.flush_cache().cancelled(), "an engine that has ended flushes nothing"
+
+
+def test_blocks_are_told_to_who_watches_between_its_snapshot_and_its_end() -> None:
+    """The snapshot comes first; a flush of an idle engine is told too; then nothing is."""
+    with running() as harness:
+        harness.submit(make_request(1))
+        harness.wait_for(lambda: harness.has_ended(1))
+        assert harness.loop.wait_idle(WAIT_S)
+        assert harness.blocks == []
+        harness.loop.watch_blocks(7)
+        harness.wait_for(lambda: len(harness.blocks) == 1)
+        (snapshot,) = harness.blocks
+        assert isinstance(snapshot, BlockSnapshot)
+        assert (snapshot.watch_id, snapshot.hashes) == (7, harness.scheduler.cached_hashes())
+        assert snapshot.hashes[0]
+        harness.loop.flush_cache()
+        harness.wait_for(lambda: len(harness.blocks) == 2)
+        assert harness.blocks[1] == BlockDelta(is_cleared=True)
+        harness.loop.unwatch_blocks(7)
+        harness.submit(make_request(2))
+        harness.wait_for(lambda: harness.has_ended(2))
+        assert harness.loop.wait_idle(WAIT_S)
+        assert harness.scheduler.cached_hashes()[0]
+        assert len(harness.blocks) == 2

@@ -34,7 +34,7 @@ from rillgate_server.gateway.process import Gateway
 from rillgate_server.gateway.prompt import ServedModel
 from rillgate_server.gateway.tenancy import TenantOf, default_tenant
 from rillgate_server.gateway.text.model_text import ModelText
-from rillgate_server.replica.engine_service import EngineService
+from rillgate_server.replica.engine_service import EngineService, ServiceLimits
 from rillgate_server.scheduler.scheduler import Scheduler
 
 PATIENCE_S = 20.0
@@ -94,6 +94,8 @@ class RecordedEngine:
         self._loop = loop
         self.requests: list[Request] = []
         self.flush_cache = loop.flush_cache
+        self.watch_blocks = loop.watch_blocks
+        self.unwatch_blocks = loop.unwatch_blocks
         self.drain = loop.drain
         self.load = loop.load
         self.aborts: list[tuple[int, ...]] = []
@@ -118,6 +120,7 @@ class Replica:
     socket: Path
     server: grpc.aio.Server
     loop: EngineLoop
+    scheduler: Scheduler
     executor: FakeExecutor
     pace: Pace
     engine: RecordedEngine
@@ -175,7 +178,9 @@ async def running_replica(
     )
     sizes = CacheSizes(NUM_BLOCKS, copies.block_bytes, spec.dtype, copies.num_host_blocks)
     engine = Engine(Scheduler(batcher, CACHE, spec, sizes), executor, clock)
-    service = EngineService(spec.eos_token_ids, _welcome(spec), clock, load_interval_s=0.02)
+    service = EngineService(
+        spec.eos_token_ids, _welcome(spec), clock, ServiceLimits(load_interval_s=0.02)
+    )
     loop = EngineLoop(engine, clock, service.on_event)
     recorded = RecordedEngine(loop)
     service.attach(recorded)
@@ -187,7 +192,7 @@ async def running_replica(
         loop.start()
         await server.start()
         try:
-            yield Replica(socket, server, loop, executor, pace, recorded)
+            yield Replica(socket, server, loop, engine.scheduler, executor, pace, recorded)
         finally:
             pace.open()
             await server.stop(None)

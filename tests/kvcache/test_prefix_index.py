@@ -2,20 +2,21 @@
 
 import pytest
 
-from rillgate_server.kvcache.prefix_index import PrefixIndex, Tier
+from rillgate_server.core.block_events import CacheTier
+from rillgate_server.kvcache.prefix_index import PrefixIndex
 
-DEVICE, HOST = Tier.DEVICE, Tier.HOST
+DEVICE, HOST = CacheTier.DEVICE, CacheTier.HOST
 CHAIN = [bytes([i]) for i in range(4)]
 
 
-def chained(tier: Tier, blocks: tuple[int, ...]) -> PrefixIndex:
+def chained(tier: CacheTier, blocks: tuple[int, ...]) -> PrefixIndex:
     """Make an index with CHAIN's beginning in one tier."""
     index = PrefixIndex()
     add_chain(index, tier, blocks)
     return index
 
 
-def add_chain(index: PrefixIndex, tier: Tier, blocks: tuple[int, ...]) -> None:
+def add_chain(index: PrefixIndex, tier: CacheTier, blocks: tuple[int, ...]) -> None:
     """Put CHAIN's beginning into a tier."""
     for i, block in enumerate(blocks):
         assert index.add(tier, CHAIN[i], block, CHAIN[i - 1] if i else None)

@@ -21,7 +21,7 @@ from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.submission import Submission
 from rillgate_server.core.welcome import Welcome
 from rillgate_server.gateway.replica_link import Event, ReplicaStream
-from rillgate_server.replica.engine_service import EngineService
+from rillgate_server.replica.engine_service import EngineService, ServiceLimits
 from rillgate_server.service.convert_engine import MAX_MESSAGE_BYTES
 
 DEADLINE_S = 10.0
@@ -59,6 +59,7 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.aborts: list[tuple[int, tuple[int, ...]]] = []
         self.flushes: list[Future[FlushedBlocks]] = []
+        self.watch_ids: list[int] = []
         self.is_draining = False
         self._changed = asyncio.Event()
 
@@ -78,6 +79,16 @@ class ScriptedEngine:
         self.flushes.append(flushed)
         self._changed.set()
         return flushed
+
+    def watch_blocks(self, watch_id: int) -> None:
+        """Record it; the test sends the snapshot."""
+        self.watch_ids.append(watch_id)
+        self._changed.set()
+
+    def unwatch_blocks(self, watch_id: int) -> None:
+        """Record it."""
+        self.watch_ids.remove(watch_id)
+        self._changed.set()
 
     def drain(self) -> None:
         """Record it."""
@@ -129,7 +140,8 @@ async def serving(service: EngineService, socket: Path) -> AsyncIterator[grpc.ai
 def make_service(**options: object) -> EngineService:
     """Build a service for SPEC; the caller attaches an engine."""
     welcome = options.pop("welcome", WELCOME)
-    return EngineService(SPEC.eos_token_ids, welcome, SystemClock(), **options)  # type: ignore[arg-type]
+    limits = ServiceLimits(**options)  # type: ignore[arg-type]
+    return EngineService(SPEC.eos_token_ids, welcome, SystemClock(), limits)  # type: ignore[arg-type]
 
 
 def make_submission(*prompt: int, **fields: object) -> Submission:

@@ -24,6 +24,7 @@ from rillgate_server.engine.executor import Executor
 from rillgate_server.engine.testing import FakeCopies, FakeExecutor, FakeModel
 from rillgate_server.scheduler.scheduler import Scheduler
 from tests.support.answers import EOS, MODEL, Answers
+from tests.support.block_index import KnownBlocks
 
 SPEC = ModelSpec(
     name="fake",
@@ -141,6 +142,9 @@ class Driver:
         self.answers = Answers()
         self.plans: list[StepPlan] = []
         self.outputs: list[StepOutput] = []
+        self.known = KnownBlocks()
+        """What somebody knows who watches the cache from the start."""
+        self.scheduler.watch_blocks(is_on=True)
         self.in_flight: dict[int, CopyJob] = {}
         """Copies that a plan began and no result has reported."""
         self.loses_next_step = False
@@ -191,6 +195,7 @@ class Driver:
 
     def _took(self, output: StepOutput) -> StepOutput:
         self.scheduler.check_integrity()
+        self._watch()
         load = self.scheduler.load(self.clock.now())
         _check_sum(load.device, self.limits.num_blocks)
         _check_sum(load.host, self.limits.num_host_blocks)
@@ -198,10 +203,17 @@ class Driver:
         self.answers.take(output)
         return output
 
+    def _watch(self) -> None:
+        delta = self.scheduler.take_block_changes()
+        if delta is not None:
+            self.known.take_delta(delta)
+        assert self.known.equals(self.scheduler.cached_hashes()), "the cache is not as it was told"
+
     def flush(self) -> None:
         """Forget everything that is cached."""
         self.scheduler.flush_cache()
         self.scheduler.check_integrity()
+        self._watch()
 
     def step(self) -> StepOutput | None:
         """Run one whole step; None when nothing is to be computed."""

@@ -1,11 +1,15 @@
 """What a replica says of the blocks in its cache: which hashes came, and which went.
 
-Plain values that cross three floors: the cache manager gathers changes, the replica sends them, the
-gateway's router keeps an index of them. Does not know blocks' numbers or messages.
+Plain values that cross three floors: the cache manager gathers changes, the replica cuts them into
+events and sends them, the gateway's router keeps an index of them. Does not know blocks' numbers or
+messages.
+
+    BlockSnapshot, then BlockDelta per step ──▶ BlockEvent, BlockEvent, …      (of one watch)
 """
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeAlias
 
 MAX_EVENT_HASHES = 4096
 """Of one event (contracts, section 2): 64 KiB."""
@@ -27,6 +31,29 @@ class BlockChange(IntEnum):
     EVICTED = 2
     CLEARED = 3
     """Everything is gone; without hashes."""
+
+
+TierHashes: TypeAlias = tuple[tuple[bytes, ...], tuple[bytes, ...]]
+"""By CacheTier."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSnapshot:
+    """All that the cache held when a watch began."""
+
+    watch_id: int
+    """Whose watch; the deltas that follow are everybody's."""
+    hashes: TierHashes
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDelta:
+    """What has come and what has gone since the last one."""
+
+    stored: TierHashes = ((), ())
+    evicted: TierHashes = ((), ())
+    is_cleared: bool = False
+    """Nothing is left."""
 
 
 @dataclass(frozen=True, slots=True)

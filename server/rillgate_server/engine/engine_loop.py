@@ -5,7 +5,7 @@ asyncio: `on_event` is called on this thread and must not block.
 
     any thread ── submit, abort, drain, stop ──▶ SimpleQueue ──▶ engine thread: step, step, step
                                                                        │
-                                              on_event(StepOutput | RequestRejected), on_fatal
+                                              on_event(EngineEvent), on_fatal
 
 Idle, the thread waits on the queue; while there is work it empties the queue between two steps.
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, current_thread
 
+from rillgate_server.core.block_events import BlockDelta, BlockSnapshot
 from rillgate_server.core.clock import Clock
 from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
@@ -32,7 +33,7 @@ a millisecond with many tenants."""
 
 _LOG = logging.getLogger(__name__)
 
-EngineEvent = StepOutput | RequestRejected
+EngineEvent = StepOutput | RequestRejected | BlockSnapshot | BlockDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +53,24 @@ class _Flush:
 
 
 @dataclass(frozen=True, slots=True)
+class _WatchBlocks:
+    watch_id: int
+    is_on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-_Command = Request | _Abort | _Drain | _Flush | _Stop
+_Command = Request | _Abort | _Drain | _Flush | _WatchBlocks | _Stop
 
 
 class EngineLoop:
     """Runs an engine on a thread of its own.
 
     State, by thread:
-        engine      the engine and its scheduler, `_num_failed_steps`, `_load_due_s`
+        engine      the engine and its scheduler, `_num_failed_steps`, `_load_due_s`, `_watch_ids`
         any, locked `_load` (the latest snapshot), `_progress_s` (of the latest step, or when work
                     came; None without work), `_is_closed` (no command will be read any more)
     """
@@ -86,6 +93,7 @@ class EngineLoop:
         self._on_fatal = on_fatal
         self._commands: SimpleQueue[_Command] = SimpleQueue()
         self._num_failed_steps = 0
+        self._watch_ids: set[int] = set()  # of those who are told what the cache holds
         self._is_stopping = False
         self._idle = Event()
         self._idle.set()
@@ -136,6 +144,14 @@ class EngineLoop:
                 self._commands.put(_Flush(flushed))
         return flushed
 
+    def watch_blocks(self, watch_id: int) -> None:
+        """Send a BlockSnapshot of this id after the step under way, then every BlockDelta."""
+        self._commands.put(_WatchBlocks(watch_id, is_on=True))
+
+    def unwatch_blocks(self, watch_id: int) -> None:
+        """Send no more deltas once nobody watches."""
+        self._commands.put(_WatchBlocks(watch_id, is_on=False))
+
     def drain(self) -> None:
         """Refuse new requests; `wait_idle` tells when the accepted ones are done."""
         self._commands.put(_Drain())
@@ -169,6 +185,7 @@ class EngineLoop:
             while self._read_commands():
                 if self._engine.scheduler.has_work:
                     self._step()
+                self._tell_blocks()
                 self._publish_load()
         except Exception as error:  # the border of this thread: say so, never die in silence
             _LOG.exception("the engine stops")
@@ -212,8 +229,28 @@ class EngineLoop:
             case _Flush():
                 if command.flushed.set_running_or_notify_cancel():
                     command.flushed.set_result(self._engine.scheduler.flush_cache())
+            case _WatchBlocks():
+                self._watch_blocks(command)
             case _Stop():
                 self._is_stopping = True
+
+    def _watch_blocks(self, command: _WatchBlocks) -> None:
+        scheduler, watch_id = self._engine.scheduler, command.watch_id
+        if not command.is_on:
+            self._watch_ids.discard(watch_id)
+            if not self._watch_ids:
+                scheduler.watch_blocks(is_on=False)
+            return
+        self._tell_blocks()  # what has changed until now is in the snapshot
+        if not self._watch_ids:
+            scheduler.watch_blocks(is_on=True)
+        self._watch_ids.add(watch_id)
+        self._on_event(BlockSnapshot(watch_id, scheduler.cached_hashes()))
+
+    def _tell_blocks(self) -> None:
+        delta = self._engine.scheduler.take_block_changes()
+        if delta is not None:
+            self._on_event(delta)
 
     def _step(self) -> None:
         """Run one step; when it raises, its requests fail and the others go on."""

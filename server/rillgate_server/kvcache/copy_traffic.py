@@ -16,11 +16,11 @@ hold, and start anew without this block, whose host twin is dropped), a store's 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from rillgate_server.core.block_events import CacheTier
 from rillgate_server.core.load import CopyCounts
 from rillgate_server.core.step import CopyDirection, CopyDone, CopyJob
 from rillgate_server.kvcache.block_table import BlockTable
 from rillgate_server.kvcache.cost_model import CostModel
-from rillgate_server.kvcache.prefix_index import Tier
 from rillgate_server.kvcache.tiers import Tiers
 
 
@@ -81,7 +81,7 @@ class CopyTraffic:
         index = self._tiers.index
         hashes = tuple(table.hashes[i] for i in positions)
         parents = tuple(table.parent_of(i) for i in positions)
-        sources = [index.find(Tier.HOST, block_hash) for block_hash in hashes]
+        sources = [index.find(CacheTier.HOST, block_hash) for block_hash in hashes]
         targets = [table.blocks[i] for i in positions]
         pairs = tuple(
             (source, target)
@@ -93,7 +93,7 @@ class CopyTraffic:
         self._tiers.host.hold(source for source, _ in pairs)
         self._tiers.device.hold(targets)
         for block_hash, parent, target in zip(hashes, parents, targets, strict=True):
-            is_added = index.add(Tier.DEVICE, block_hash, target, parent)
+            is_added = index.add(CacheTier.DEVICE, block_hash, target, parent)
             assert is_added, "a block is loaded that is there"
             self._arriving[target] = copy.job.copy_id
         self._let_wait(table, copy)
@@ -108,7 +108,7 @@ class CopyTraffic:
         index = self._tiers.index
         hashes = []
         for block in blocks:
-            block_hash = index.hash_of(Tier.DEVICE, block)
+            block_hash = index.hash_of(CacheTier.DEVICE, block)
             assert block_hash is not None, f"block {block} is stored and nobody can find it"
             hashes.append(block_hash)
         self._tiers.hold_for_store(blocks)  # first: room in the host tier may cost a twin's place
@@ -187,11 +187,11 @@ class CopyTraffic:
         for position, (source, target) in reversed(list(enumerate(copy.job.pairs))):
             del self._arriving[target]
             if position in failed:
-                for tier, block in ((Tier.DEVICE, target), (Tier.HOST, source)):
+                for tier, block in ((CacheTier.DEVICE, target), (CacheTier.HOST, source)):
                     if tiers.index.hash_of(tier, block) is not None:
                         tiers.remove(tier, block)
-            tiers.unhold(Tier.DEVICE, target)
-            tiers.unhold(Tier.HOST, source, is_touched=True)
+            tiers.unhold(CacheTier.DEVICE, target)
+            tiers.unhold(CacheTier.HOST, source, is_touched=True)
 
     def _stored(self, copy: _Copy, failed: frozenset[int], checksums: Sequence[int]) -> None:
         tiers = self._tiers
@@ -199,16 +199,18 @@ class CopyTraffic:
             block_hash = copy.hashes[position]
             # Unless it was forgotten meanwhile: then nobody may find its twin either.
             is_wanted = (
-                tiers.index.hash_of(Tier.DEVICE, source) == block_hash
-                and tiers.index.find(Tier.HOST, block_hash) is None
+                tiers.index.hash_of(CacheTier.DEVICE, source) == block_hash
+                and tiers.index.find(CacheTier.HOST, block_hash) is None
             )
             if is_wanted and position not in failed:
-                is_added = tiers.index.add(Tier.HOST, block_hash, target, copy.parents[position])
+                is_added = tiers.index.add(
+                    CacheTier.HOST, block_hash, target, copy.parents[position]
+                )
                 assert is_added, "a block was stored that is there"
                 if checksums:
                     self._checksums[target] = checksums[position]
-            tiers.unhold(Tier.HOST, target, is_touched=True)
-            tiers.unhold(Tier.DEVICE, source)
+            tiers.unhold(CacheTier.HOST, target, is_touched=True)
+            tiers.unhold(CacheTier.DEVICE, source)
 
     def _count(self, job: CopyJob, finished: CopyDone) -> None:
         counts, num_failed = self.counts, len(finished.failed_pairs)
@@ -233,15 +235,18 @@ class CopyTraffic:
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Prove that holds are exactly those of the copies, and that waiters know each other."""
-        num_holds: dict[tuple[Tier, int], int] = {}
+        num_holds: dict[tuple[CacheTier, int], int] = {}
         for copy in self._copies.values():
             is_load = copy.job.direction is CopyDirection.HOST_TO_DEVICE
             for source, target in copy.job.pairs:
                 device, host = (target, source) if is_load else (source, target)
-                for held in ((Tier.DEVICE, device), (Tier.HOST, host)):
+                for held in ((CacheTier.DEVICE, device), (CacheTier.HOST, host)):
                     num_holds[held] = num_holds.get(held, 0) + 1
                 assert is_load == (self._arriving.get(device) == copy.job.copy_id)
-        for tier, pool in ((Tier.DEVICE, self._tiers.device), (Tier.HOST, self._tiers.host)):
+        for tier, pool in (
+            (CacheTier.DEVICE, self._tiers.device),
+            (CacheTier.HOST, self._tiers.host),
+        ):
             for block in range(pool.num_blocks):
                 num_copies = num_holds.get((tier, block), 0)
                 assert num_copies == pool.num_holds(block), (

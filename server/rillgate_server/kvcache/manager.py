@@ -16,13 +16,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from rillgate_server.core.block_events import CacheTier
 from rillgate_server.core.load import CopyCounts, LoadDecisions, TierLoad
 from rillgate_server.core.step import CopyDone, CopyJob
 from rillgate_server.kvcache.block_pool import BlockPool
 from rillgate_server.kvcache.block_table import BlockTable
 from rillgate_server.kvcache.copy_traffic import CopyTraffic
 from rillgate_server.kvcache.cost_model import CostModel
-from rillgate_server.kvcache.prefix_index import Tier
+from rillgate_server.kvcache.prefix_index import PrefixIndex
 from rillgate_server.kvcache.tier_plan import CachePolicy, TierPlan
 from rillgate_server.kvcache.tiers import Tiers
 
@@ -72,6 +73,11 @@ class KVCacheManager:
     def pool(self) -> BlockPool:
         """The device tier's blocks."""
         return self._tiers.device
+
+    @property
+    def index(self) -> PrefixIndex:
+        """What can be found, and in which tier."""
+        return self._tiers.index
 
     @property
     def has_copies(self) -> bool:
@@ -215,7 +221,7 @@ class KVCacheManager:
         index = self._tiers.index
         for position in range(table.num_committed):
             block_hash = table.hashes[position]
-            if index.find(Tier.DEVICE, block_hash) == table.blocks[position]:
+            if index.find(CacheTier.DEVICE, block_hash) == table.blocks[position]:
                 self._tiers.forget(block_hash)
 
     def flush(self) -> tuple[int, int]:
@@ -228,8 +234,8 @@ class KVCacheManager:
             return
         index = self._tiers.index
         for i in range(first, table.num_committed):
-            if index.find(Tier.DEVICE, table.hashes[i]) is None:
-                index.add(Tier.DEVICE, table.hashes[i], table.blocks[i], table.parent_of(i))
+            if index.find(CacheTier.DEVICE, table.hashes[i]) is None:
+                index.add(CacheTier.DEVICE, table.hashes[i], table.blocks[i], table.parent_of(i))
 
     def _extend_hashes(self, table: BlockTable, token_ids: Sequence[int], num_blocks: int) -> None:
         table.extend_hashes(token_ids, num_blocks, self.block_size_tokens, self._policy.root_hash)
@@ -303,7 +309,7 @@ class KVCacheManager:
         # The newest first: a prefix's end is stored, and so evicted, before its beginning.
         while self._wanted and len(blocks) < limit:
             block_hash, _ = self._wanted.popitem()
-            block = self._tiers.index.find(Tier.DEVICE, block_hash)
+            block = self._tiers.index.find(CacheTier.DEVICE, block_hash)
             if block is None or not self._tiers.can_store(block):
                 continue
             if self.pool.is_cached(block):  # in use no more; it is among the unsaved ones too

@@ -9,14 +9,9 @@ its way from the host tier) until it is evicted or forgotten.
 """
 
 from collections.abc import Iterable
-from enum import IntEnum
 
-
-class Tier(IntEnum):
-    """Where a block lies."""
-
-    DEVICE = 0
-    HOST = 1
+from rillgate_server.core.block_events import BlockDelta, CacheTier, TierHashes
+from rillgate_server.kvcache.block_journal import BlockJournal
 
 
 class _Side:
@@ -33,24 +28,25 @@ class _Side:
 class PrefixIndex:
     """Full blocks by the hash of everything up to their end.
 
-    State: per tier two maps, each the inverse of the other, and the count of children; and each
-    indexed hash's parent.
+    State: per tier two maps, each the inverse of the other, and the count of children; each
+    indexed hash's parent; and, while somebody watches, what has changed since it was told.
     """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._sides = (_Side(), _Side())  # by Tier
+        self._sides = (_Side(), _Side())  # by CacheTier
         self._parent_of: dict[bytes, bytes | None] = {}  # hash in either tier -> what it continues
+        self._journal: BlockJournal | None = None
 
     def __repr__(self) -> str:
         device, host = (len(side.block_of) for side in self._sides)
         return f"PrefixIndex(device={device}, host={host})"
 
-    def num_blocks(self, tier: Tier) -> int:
+    def num_blocks(self, tier: CacheTier) -> int:
         """Return how many blocks of a tier can be found."""
         return len(self._sides[tier].block_of)
 
-    def find(self, tier: Tier, block_hash: bytes) -> int | None:
+    def find(self, tier: CacheTier, block_hash: bytes) -> int | None:
         """Return the block with these contents, if the tier has one."""
         return self._sides[tier].block_of.get(block_hash)
 
@@ -58,11 +54,11 @@ class PrefixIndex:
         """Tell whether either tier has a block with these contents."""
         return block_hash in self._parent_of
 
-    def blocks(self, tier: Tier) -> list[int]:
+    def blocks(self, tier: CacheTier) -> list[int]:
         """Return all blocks of a tier that can be found."""
         return list(self._sides[tier].hash_of)
 
-    def hash_of(self, tier: Tier, block: int) -> bytes | None:
+    def hash_of(self, tier: CacheTier, block: int) -> bytes | None:
         """Return under which hash a block is found; None: it is not in the index."""
         return self._sides[tier].hash_of.get(block)
 
@@ -70,7 +66,7 @@ class PrefixIndex:
         """Return what an indexed hash continues; None: it begins a sequence."""
         return self._parent_of[block_hash]
 
-    def has_children(self, tier: Tier, block: int) -> bool:
+    def has_children(self, tier: CacheTier, block: int) -> bool:
         """Tell whether a block of the tier continues this one."""
         side = self._sides[tier]
         return side.hash_of.get(block) in side.num_children
@@ -87,7 +83,7 @@ class PrefixIndex:
             found.append((device_block, host_block))
         return found
 
-    def add(self, tier: Tier, block_hash: bytes, block: int, parent: bytes | None) -> bool:
+    def add(self, tier: CacheTier, block_hash: bytes, block: int, parent: bytes | None) -> bool:
         """Offer a block to later sequences; False when another one has these contents.
 
         Then that one stays, and this one remains its sequence's own (two sequences computed the
@@ -102,9 +98,11 @@ class PrefixIndex:
         self._parent_of[block_hash] = parent
         if parent is not None:
             side.num_children[parent] = side.num_children.get(parent, 0) + 1
+        if self._journal is not None:
+            self._journal.note(tier, block_hash, is_stored=True)
         return True
 
-    def remove(self, tier: Tier, block: int) -> bytes:
+    def remove(self, tier: CacheTier, block: int) -> bytes:
         """Forget a block; return its hash."""
         side = self._sides[tier]
         block_hash = side.hash_of.pop(block)
@@ -117,7 +115,29 @@ class PrefixIndex:
                 side.num_children[parent] -= 1
         if all(block_hash not in other.block_of for other in self._sides):
             del self._parent_of[block_hash]
+        if self._journal is not None:
+            self._journal.note(tier, block_hash, is_stored=False)
         return block_hash
+
+    # -- who watches ------------------------------------------------------------------------------
+
+    def hashes(self) -> TierHashes:
+        """Return all hashes by tier. Costs O(blocks)."""
+        device, host = self._sides
+        return tuple(device.block_of), tuple(host.block_of)
+
+    def watch(self, *, is_on: bool) -> None:
+        """Gather changes from now on, or no more; what was gathered is forgotten."""
+        self._journal = BlockJournal() if is_on else None
+
+    def take_changes(self) -> BlockDelta | None:
+        """Return what has changed since the last call while watched; None: nothing."""
+        if self._journal is None:
+            return None
+        delta = self._journal.take()
+        if delta is not None and not self._parent_of:
+            return BlockDelta(is_cleared=True)
+        return delta
 
     def check_integrity(self) -> None:
         """Prove that the maps are each other's inverse, and count the children anew."""

@@ -15,8 +15,9 @@ A block's life, and who moves it:
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+from rillgate_server.core.block_events import CacheTier
 from rillgate_server.kvcache.block_pool import BlockPool
-from rillgate_server.kvcache.prefix_index import PrefixIndex, Tier
+from rillgate_server.kvcache.prefix_index import PrefixIndex
 
 
 class Tiers:
@@ -30,13 +31,13 @@ class Tiers:
         self.index = PrefixIndex()
         self.device = BlockPool(
             num_device_blocks,
-            lambda block: self.index.has_children(Tier.DEVICE, block),
+            lambda block: self.index.has_children(CacheTier.DEVICE, block),
             self._device_evicted,
         )
         self.host = BlockPool(
             num_host_blocks,
-            lambda block: self.index.has_children(Tier.HOST, block),
-            lambda block: self._removed(self.index.remove(Tier.HOST, block)),
+            lambda block: self.index.has_children(CacheTier.HOST, block),
+            lambda block: self._removed(self.index.remove(CacheTier.HOST, block)),
         )
         self.num_unsaved_evictions = 0
         self.has_host = saves_blocks and num_host_blocks > 0
@@ -69,7 +70,9 @@ class Tiers:
         `is_saved_later`: those that nobody uses any more should go to the host tier in time.
         """
         hash_of = self.index.hash_of
-        self.device.release(blocks, [hash_of(Tier.DEVICE, block) is not None for block in blocks])
+        self.device.release(
+            blocks, [hash_of(CacheTier.DEVICE, block) is not None for block in blocks]
+        )
         if self.has_host and is_saved_later:
             for block in blocks:
                 if self.device.is_cached(block) and not self.is_saved(block):
@@ -77,9 +80,9 @@ class Tiers:
 
     def is_saved(self, block: int) -> bool:
         """Tell whether an indexed device block has a twin in the host tier."""
-        block_hash = self.index.hash_of(Tier.DEVICE, block)
+        block_hash = self.index.hash_of(CacheTier.DEVICE, block)
         assert block_hash is not None
-        return self.index.find(Tier.HOST, block_hash) is not None
+        return self.index.find(CacheTier.HOST, block_hash) is not None
 
     def can_store(self, block: int) -> bool:
         """Tell whether an indexed device block may be saved now: no copy has it, nor a twin."""
@@ -107,22 +110,22 @@ class Tiers:
 
     def forget(self, block_hash: bytes) -> None:
         """Let nobody find a hash, in either tier; unused blocks of it are free."""
-        for tier, pool in ((Tier.DEVICE, self.device), (Tier.HOST, self.host)):
+        for tier, pool in ((CacheTier.DEVICE, self.device), (CacheTier.HOST, self.host)):
             block = self.index.find(tier, block_hash)
             if block is not None:
                 self.remove(tier, block)
                 if pool.is_cached(block):
                     pool.drop((block,))
 
-    def remove(self, tier: Tier, block: int) -> None:
+    def remove(self, tier: CacheTier, block: int) -> None:
         """Let nobody find a block; who uses it, or copies it, goes on."""
-        if tier is Tier.DEVICE:
+        if tier is CacheTier.DEVICE:
             self._unsaved.pop(block, None)
         self._removed(self.index.remove(tier, block))
 
-    def unhold(self, tier: Tier, block: int, *, is_touched: bool = False) -> None:
+    def unhold(self, tier: CacheTier, block: int, *, is_touched: bool = False) -> None:
         """End a copy's hold; an indexed block is kept, others are free with their last hold."""
-        pool = self.device if tier is Tier.DEVICE else self.host
+        pool = self.device if tier is CacheTier.DEVICE else self.host
         is_kept = self.index.hash_of(tier, block) is not None
         pool.unhold(block, is_kept=is_kept, is_touched=is_touched)
 
@@ -132,7 +135,7 @@ class Tiers:
         What a copy alone holds is forgotten too, and free with the copy's end.
         """
         num_flushed = []
-        for tier, pool in ((Tier.DEVICE, self.device), (Tier.HOST, self.host)):
+        for tier, pool in ((CacheTier.DEVICE, self.device), (CacheTier.HOST, self.host)):
             blocks = self.index.blocks(tier)
             unused = [block for block in blocks if pool.num_refs(block) == 0]
             for block in unused:
@@ -145,7 +148,7 @@ class Tiers:
         if block in self._unsaved:
             del self._unsaved[block]
             self.num_unsaved_evictions += 1
-        self._removed(self.index.remove(Tier.DEVICE, block))
+        self._removed(self.index.remove(CacheTier.DEVICE, block))
 
     def _removed(self, block_hash: bytes) -> None:
         """Forget the reuses of what neither tier has any more."""
@@ -157,7 +160,7 @@ class Tiers:
         self.device.check_integrity()
         self.host.check_integrity()
         self.index.check_integrity()
-        for tier, pool in ((Tier.DEVICE, self.device), (Tier.HOST, self.host)):
+        for tier, pool in ((CacheTier.DEVICE, self.device), (CacheTier.HOST, self.host)):
             for block in pool.cached_blocks():
                 assert self.index.hash_of(tier, block) is not None, (
                     f"{tier.name} block {block} is cached, but nobody can find it"

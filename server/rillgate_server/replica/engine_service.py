@@ -8,24 +8,28 @@ Does not know how a step is made, nor what a request means in text.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
 from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
+from rillgate_server.core.block_events import BlockDelta, BlockSnapshot
 from rillgate_server.core.clock import Clock
 from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.pending_output import entries_of
 from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
 from rillgate_server.core.step import StepOutput
 from rillgate_server.core.welcome import Welcome
+from rillgate_server.engine.engine_loop import EngineEvent
 from rillgate_server.replica.intake import to_request
 from rillgate_server.replica.run_stream import MAX_BUFFERED_TOKENS, OpenRequest, RunStream
+from rillgate_server.replica.watch_stream import MAX_PENDING_HASHES, WatchStream
+from rillgate_server.service.convert_blocks import blocks_event
 from rillgate_server.service.convert_engine import (
     rejected_event,
     step_output_event,
@@ -45,7 +49,19 @@ _log = logging.getLogger(__name__)
 LOAD_INTERVAL_S = 0.2
 """Between two Loads (contracts, section 2)."""
 
-EngineEventHandler = Callable[[StepOutput | RequestRejected], None]
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """How much waits for a slow reader, and how often a Load leaves."""
+
+    max_buffered_tokens: int = MAX_BUFFERED_TOKENS
+    """Of a Run stream."""
+    max_pending_hashes: int = MAX_PENDING_HASHES
+    """Of a Watch."""
+    load_interval_s: float = LOAD_INTERVAL_S
+
+
+_DEFAULT_LIMITS = ServiceLimits()
 
 
 class EngineHandle(Protocol):
@@ -63,6 +79,14 @@ class EngineHandle(Protocol):
         """Forget the cached blocks that no request uses; cancelled when the engine has ended."""
         ...
 
+    def watch_blocks(self, watch_id: int) -> None:
+        """Send a BlockSnapshot of this id, then every BlockDelta, as events."""
+        ...
+
+    def unwatch_blocks(self, watch_id: int) -> None:
+        """Send no more deltas once nobody watches."""
+        ...
+
     def drain(self) -> None:
         """Take no more requests on."""
         ...
@@ -75,7 +99,7 @@ class EngineHandle(Protocol):
 class EngineService(engine_pb2_grpc.EngineServicer):
     """The servicer of Engine; made inside the loop that serves it.
 
-    State: `_open` (every open request of every stream) and `_streams`.
+    State: `_open` (every open request of every stream), `_streams` and `_watches`.
     """
 
     def __init__(
@@ -83,20 +107,20 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         eos_token_ids: tuple[int, ...],
         welcome: Welcome,
         clock: Clock,
-        max_buffered_tokens: int = MAX_BUFFERED_TOKENS,
-        load_interval_s: float = LOAD_INTERVAL_S,
+        limits: ServiceLimits = _DEFAULT_LIMITS,
     ) -> None:
         """Serve once `attach` has given an engine; `eos_token_ids` are the model's own."""
         self._eos_token_ids = eos_token_ids
         self._welcome = welcome
         self._clock = clock
-        self._max_buffered_tokens = max_buffered_tokens
-        self._load_interval_s = load_interval_s
+        self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._engine: EngineHandle | None = None
         self._request_ids = itertools.count(1)
         self._open: dict[int, OpenRequest] = {}  # the engine's request id -> open request
         self._streams: set[RunStream] = set()
+        self._watch_ids = itertools.count(1)
+        self._watches: dict[int, WatchStream] = {}  # watch id -> open Watch
         self._is_draining = False
         self._all_done = asyncio.Event()
         self._closing = asyncio.Event()
@@ -119,16 +143,22 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
     # -- from the engine's thread -------------------------------------------------------------
 
-    def on_event(self, event: StepOutput | RequestRejected) -> None:
+    def on_event(self, event: EngineEvent) -> None:
         """Hand an event over to the I/O thread; called on the engine's thread, never blocks."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, event)
 
-    def _deliver(self, event: StepOutput | RequestRejected) -> None:
-        if isinstance(event, RequestRejected):
-            self._deliver_rejected(event)
-        else:
-            self._deliver_step(event)
+    def _deliver(self, event: EngineEvent) -> None:
+        match event:
+            case RequestRejected():
+                self._deliver_rejected(event)
+            case StepOutput():
+                self._deliver_step(event)
+            case BlockSnapshot() if event.watch_id in self._watches:
+                self._watches[event.watch_id].add_snapshot(event)
+            case BlockDelta():
+                for watch in self._watches.values():
+                    watch.add_delta(event)
         self._note_if_done()
 
     def _deliver_rejected(self, event: RequestRejected) -> None:
@@ -159,7 +189,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self, commands: AsyncIterator[engine_pb2.EngineCommand], context: "_RunContext"
     ) -> None:
         """Serve one gateway's stream until either side ends it."""
-        stream = RunStream(self._max_buffered_tokens)
+        stream = RunStream(self._limits.max_buffered_tokens)
         self._streams.add(stream)
         tasks = [
             asyncio.create_task(self._read_commands(stream, commands)),
@@ -180,7 +210,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if overflow.done() and not overflow.cancelled():
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"more than {self._max_buffered_tokens} tokens waited for this stream's reader",
+                f"more than {self._limits.max_buffered_tokens} tokens waited for this stream's "
+                "reader",
             )
         for result in results:
             if isinstance(result, Exception):
@@ -271,15 +302,37 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
     # -- Watch and the end --------------------------------------------------------------------
 
-    async def Watch(
-        self, request: engine_pb2.WatchRequest, context: "_WatchContext"
-    ) -> AsyncIterator[engine_pb2.ReplicaEvent]:
-        """Say what this replica is, then its load, idle or not."""
-        yield welcome_event(self._welcome)
-        while not self._closing.is_set():
-            yield load_event(self._running_engine.load())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), self._load_interval_s)
+    async def Watch(self, request: engine_pb2.WatchRequest, context: "_WatchContext") -> None:
+        """Say what this replica is, then its load, idle or not, and its blocks if asked for."""
+        watch = WatchStream(next(self._watch_ids), self._limits.max_pending_hashes)
+        self._watches[watch.watch_id] = watch
+        try:
+            await context.write(welcome_event(self._welcome))
+            if request.with_blocks:
+                self._running_engine.watch_blocks(watch.watch_id)
+            await self._write_watch(watch, context)
+        finally:
+            del self._watches[watch.watch_id]
+            if request.with_blocks:
+                self._running_engine.unwatch_blocks(watch.watch_id)
+        if watch.is_overflowed:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"more than {self._limits.max_pending_hashes} changed blocks waited for this "
+                "stream's reader",
+            )
+
+    async def _write_watch(self, watch: WatchStream, context: "_WatchContext") -> None:
+        load_due_s = self._clock.now()
+        while not (self._closing.is_set() or watch.is_overflowed):
+            now = self._clock.now()
+            if now >= load_due_s:  # in the middle of a long snapshot too
+                load_due_s = now + self._limits.load_interval_s
+                await context.write(load_event(self._running_engine.load()))
+                continue
+            event = await watch.take(load_due_s - now)
+            if event is not None:
+                await context.write(blocks_event(event))
 
     def drain(self) -> None:
         """Refuse new requests from now on; those that run go on."""
@@ -295,6 +348,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     def close(self) -> None:
         """End every stream, and with it its requests; gateways see the replica go."""
         self._closing.set()
+        for watch in self._watches.values():
+            watch.wake()
 
     def _note_if_done(self) -> None:
         if self._is_draining and not self._open and all(it.is_flushed for it in self._streams):

@@ -17,6 +17,7 @@ from collections.abc import Set
 from dataclasses import replace
 
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
+from rillgate_server.core.block_events import BlockDelta, TierHashes
 from rillgate_server.core.block_hash import root_hash
 from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
@@ -137,6 +138,18 @@ class Scheduler:
     def flush_cache(self) -> FlushedBlocks:
         """Forget every cached block that no request uses."""
         return FlushedBlocks(*self._cache.flush())
+
+    def watch_blocks(self, *, is_on: bool) -> None:
+        """Gather what comes into the cache and leaves it, for `take_block_changes`, or no more."""
+        self._cache.index.watch(is_on=is_on)
+
+    def cached_hashes(self) -> TierHashes:
+        """Return what the cache holds now, by tier. Costs O(blocks)."""
+        return self._cache.index.hashes()
+
+    def take_block_changes(self) -> BlockDelta | None:
+        """Return what has come into the cache or left it since the last call."""
+        return self._cache.index.take_changes()
 
     def drain(self) -> None:
         """Refuse new requests; those that were accepted run to their end."""
