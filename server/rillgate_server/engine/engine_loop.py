@@ -84,8 +84,8 @@ class EngineLoop:
     ) -> None:
         """Take the engine; nothing runs before `start`.
 
-        `on_fatal` is called once on the engine thread, after every request was failed, when the
-        loop gives up.
+        `on_fatal` is called once on the engine thread when the loop gives up. Requests that are
+        left then get no event: they are not at fault, and go on elsewhere once this process ends.
         """
         self._engine = engine
         self._clock = clock
@@ -190,7 +190,7 @@ class EngineLoop:
         except Exception as error:  # the border of this thread: say so, never die in silence
             _LOG.exception("the engine stops")
             try:
-                self._close("the engine failed")
+                self._close()
             except Exception:  # it may be `on_event` that raised, and raises again
                 _LOG.exception("requests are left without an answer")
             if self._on_fatal is not None:
@@ -284,11 +284,11 @@ class EngineLoop:
                 self._progress_s = None
                 self._idle.set()
 
-    def _close(self, message: str) -> None:
-        """Answer everybody who waits, and whoever comes later."""
+    def _close(self, message: str = "") -> None:
+        """Refuse whoever was not read yet or comes later; with a message, fail what is here."""
         with self._lock:
             self._is_closed = True
-        if self._engine.scheduler.has_work:
+        if message and self._engine.scheduler.has_work:
             self._on_event(self._engine.scheduler.fail_all(message, self._clock.now()))
         while not self._commands.empty():
             command = self._commands.get_nowait()
