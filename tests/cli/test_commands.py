@@ -1,6 +1,7 @@
 """The server's commands: flags become settings, and what the operator can mend is one line."""
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rillgate_server.cli.__main__ import main
-from rillgate_server.cli.commands import add_commands
+from rillgate_server.cli.commands import add_commands, settings_of
 from rillgate_server.cli.model_source import resolve_model
 from rillgate_server.config.groups import ModelConfig
 from rillgate_server.config.settings import bundled_model_dir
@@ -32,7 +33,11 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (("serve", "--model", "/nothing/here"), "model.path is '/nothing/here'; allowed: a ch"),
         (("serve", "--model", "nobody/nothing"), "'nobody/nothing' is no directory here, and the"),
         (("replica",), "replica.socket is empty; allowed: a path"),
-        (("gateway",), "replica.socket is empty; allowed: a path"),
+        (("gateway",), "gateway.replica_addresses is empty; allowed: at least one (--replica-a"),
+        (("serve", "--replicas", "-1"), "serve.num_replicas is -1; allowed: 0 to 256"),
+        (("serve", "--replicas", "0"), "serve.num_replicas is 0 and gateway.replica_addresses is"),
+        (("serve", "--tensor-parallel", "x"), "replica.tensor_parallel_size is 'x'; allowed"),
+        (("serve", "--devices", "gpu"), "serve.devices is 'gpu'; allowed: auto, cpu, or each at"),
     ],
     ids=lambda it: " ".join(it)[:40] if isinstance(it, tuple) else None,
 )
@@ -66,8 +71,22 @@ def test_a_checkpoint_without_a_file_is_named_before_anything_starts(
     assert f"{tmp_path} has no config.json" in capsys.readouterr().err
 
 
-def test_help_shows_the_commands_and_hides_the_supervisors_own() -> None:
-    """People see serve and replica. Run as a process, as people do."""
+def test_flags_become_settings_and_a_repeated_one_a_list() -> None:
+    """The addresses keep their order; a list in the file or the environment gives way to them."""
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    flags = ("--replicas", "3", "--tensor-parallel", "2", "--routing-policy", "round-robin")
+    addresses = ("--replica-address", "b:1", "--replica-address", "unix:/a, b.sock")
+    args = parser.parse_args(["serve", *flags, *addresses, "--devices", "cpu"])
+    settings = settings_of(args)
+    assert (settings.serve.num_replicas, settings.serve.devices) == (3, "cpu")
+    assert settings.replica.tensor_parallel_size == 2
+    assert settings.gateway.routing_policy == "round-robin"
+    assert settings.gateway.replica_addresses == ("b:1", "unix:/a, b.sock")
+
+
+def test_help_shows_the_commands() -> None:
+    """People see serve, replica and gateway. Run as a process, as people do."""
     text = subprocess.run(
         [sys.executable, "-m", "rillgate_server.cli", "--help"],
         capture_output=True,
@@ -75,9 +94,8 @@ def test_help_shows_the_commands_and_hides_the_supervisors_own() -> None:
         check=True,
         timeout=60,
     ).stdout
-    assert "serve" in text
-    assert "replica" in text
-    assert "gateway" not in text.replace("one gateway and one replica", "")
+    for command in ("serve", "replica", "gateway"):
+        assert re.search(rf"^ +{command} +start", text, re.MULTILINE)
 
 
 def test_serve_help_names_the_ways_to_set_a_value(capsys: pytest.CaptureFixture[str]) -> None:

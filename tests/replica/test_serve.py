@@ -23,8 +23,9 @@ DEADLINE_S = 100.0
 """For a start that imports torch, on a machine that may be busy."""
 
 _SECRET = "RILLGATE_GATEWAY__CLUSTER_SECRET"
+_NAME = "RILLGATE_REPLICA__NAME"
 _READY = re.compile(r"rillgate: serving demo .* on (\S+) \(ready after")
-_SERVES_AGAIN = re.compile("the replica serves again")
+_SERVES_AGAIN = re.compile("replica-0 serves again")
 
 
 class Server:
@@ -53,9 +54,9 @@ class Server:
                 await self._changed.wait()
 
     def children(self) -> dict[str, psutil.Process]:
-        """Map command -> process."""
+        """Map `gateway` or the replica's name -> process."""
         found = psutil.Process(self.process.pid).children()
-        return {child.cmdline()[3]: child for child in found}
+        return {child.environ().get(_NAME) or child.cmdline()[3]: child for child in found}
 
     async def wait_exit(self) -> int:
         """Wait for the end, and for its last line."""
@@ -143,13 +144,13 @@ async def _survives_kill_of_the_replica(server: Server, caller: Caller) -> None:
     """
     calls = await caller.begin(8, 1500)
     before = server.children()
-    before["replica"].kill()
+    before["replica-0"].kill()
     async with asyncio.timeout(DEADLINE_S):
         codes = {await code_of(call) for call in calls}
     assert codes == {grpc.StatusCode.UNAVAILABLE}
     assert await code_of(caller.count_tokens(1)) in codes
     assert not [line for line in server.lines if _SERVES_AGAIN.search(line)]
-    await server.wait_line(re.compile("the replica died .killed by SIGKILL"))
+    await server.wait_line(re.compile("replica-0 died .killed by SIGKILL"))
     await server.wait_line(_SERVES_AGAIN)
     await _until(caller, grpc.StatusCode.OK)
     assert server.children()["gateway"].pid == before["gateway"].pid
@@ -162,13 +163,13 @@ async def _survives_kill_of_the_gateway(server: Server, caller: Caller) -> None:
     secret = before["gateway"].environ()[_SECRET]
     before["gateway"].kill()
     assert {await code_of(call) for call in calls} == {grpc.StatusCode.UNAVAILABLE}
-    await server.wait_line(re.compile("the gateway serves again"))
+    await server.wait_line(re.compile("gateway serves again"))
     await _until(caller, grpc.StatusCode.OK)
     after = server.children()
-    assert after["replica"].pid == before["replica"].pid
+    assert after["replica-0"].pid == before["replica-0"].pid
     assert after["gateway"].environ()[_SECRET] == secret
     assert len(secret) == 64
-    assert after["replica"].environ()[_SECRET] == ""
+    assert after["replica-0"].environ()[_SECRET] == ""
     assert not [line for line in server.lines if secret in line]
 
 
@@ -188,6 +189,29 @@ async def _until(caller: Caller, wanted: grpc.StatusCode) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while (code := await code_of(caller.count_tokens(1))) is not wanted:
             assert code in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
+
+
+@pytest.mark.timeout(300)  # three starts of processes that import torch
+async def test_of_two_replicas_one_is_killed_and_comes_back() -> None:
+    """The other one and the gateway keep their processes; SIGTERM leaves nobody."""
+    async with serve("--replicas", "2", "--devices", "cpu") as server:
+        address = (await server.wait_line(_READY)).group(1)
+        for name in ("replica-0", "replica-1"):
+            await server.wait_line(re.compile(f"{name}: cpu with . thread"))
+            await server.wait_line(re.compile(f"{name} serves$"))
+        before = server.children()
+        assert sorted(before) == ["gateway", "replica-0", "replica-1"]
+        before["replica-1"].kill()
+        await server.wait_line(re.compile("replica-1 died .killed by SIGKILL"))
+        await server.wait_line(re.compile("replica-1 serves again"))
+        after = server.children()
+        assert [name for name in before if before[name].pid != after[name].pid] == ["replica-1"]
+        async with grpc.aio.insecure_channel(address) as channel:
+            assert await Caller(channel).count_tokens(20) == 20
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.wait_exit() == 0
+        assert not [child for child in after.values() if child.is_running()]
+        assert len([line for line in server.lines if _READY.search(line)]) == 1
 
 
 async def test_two_tiers_are_served_as_configured() -> None:

@@ -1,4 +1,4 @@
-"""The commands `serve`, `replica` and (for the supervisor alone) `gateway`.
+"""The commands `serve`, `replica` and `gateway`.
 
 Owns the flags and the exit codes. What a command runs is imported when it is chosen: the gateway
 must never load torch, and `--help` should not wait for anything.
@@ -8,6 +8,7 @@ Exit codes: 0 stopped as asked, 2 the operator can mend it (said in one line), 1
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rillgate_server.cli.model_source import resolve_model
+from rillgate_server.config.groups import ROUTING_POLICIES
 from rillgate_server.config.settings import Settings, load_settings
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.errors import ConfigError, RillgateError
@@ -31,6 +33,7 @@ class _Command:
     module: str
     function: str
     needs_socket: bool = False
+    needs_addresses: bool = False
 
     def __call__(self, args: argparse.Namespace) -> int:
         """Read the settings, find the model, run."""
@@ -38,6 +41,11 @@ class _Command:
             settings, model_dir = _prepare(args)
             if self.needs_socket and not settings.replica.socket:
                 raise ConfigError("replica.socket is empty; allowed: a path (--socket PATH)")
+            if self.needs_addresses and not settings.gateway.replica_addresses:
+                raise ConfigError(
+                    "gateway.replica_addresses is empty; allowed: at least one "
+                    "(--replica-address ADDRESS)"
+                )
             run: Callable[[Settings, Path], int] = getattr(
                 importlib.import_module(self.module), self.function
             )
@@ -53,18 +61,18 @@ def add_commands(subparsers: Subparsers) -> None:
     """Add the server's commands to a parser's subcommands."""
     serve = subparsers.add_parser(
         "serve",
-        help="start a server: one gateway and one replica",
+        help="start a server: a gateway and its replicas",
         description="Serves a model over gRPC until SIGTERM or Ctrl-C. Without flags: the bundled "
         "model on 127.0.0.1:50051.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_listen(serve)
+    _add_replicas(serve)
+    _add_routing(serve)
     _add_model(serve)
     _add_common(serve)
-    serve.set_defaults(
-        run=_Command("rillgate_server.replica.supervisor", "run_supervisor"),
-    )
+    serve.set_defaults(run=_Command("rillgate_server.replica.serve", "run_serve"))
     replica = subparsers.add_parser(
         "replica",
         help="start one replica by itself",
@@ -78,16 +86,20 @@ def add_commands(subparsers: Subparsers) -> None:
     replica.set_defaults(
         run=_Command("rillgate_server.replica.process", "run_replica", needs_socket=True)
     )
-    # Without `help`, so that it is not listed: the supervisor starts it.
     gateway = subparsers.add_parser(
-        "gateway", description="Runs the public services over the replica behind a Unix socket."
+        "gateway",
+        help="start a gateway by itself, over replicas that run elsewhere",
+        description="Runs the public services over replicas that others start. Needs the "
+        "checkpoint's tokenizer, not its weights.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_listen(gateway)
-    _add_socket(gateway)
+    _add_routing(gateway)
     _add_model(gateway)
     _add_common(gateway)
     gateway.set_defaults(
-        run=_Command("rillgate_server.gateway.process", "run_gateway", needs_socket=True)
+        run=_Command("rillgate_server.gateway.process", "run_gateway", needs_addresses=True)
     )
 
 
@@ -98,6 +110,8 @@ _EPILOG = """settings, the later winning:
 examples:
   rillgate serve
   rillgate serve --listen 0.0.0.0:50051 --model ~/models/DeepSeek-R1-Distill-Qwen-1.5B
+  rillgate serve --replicas 4 --tensor-parallel 2
+  rillgate gateway --replica-address 10.0.0.5:50061 --replica-address 10.0.0.6:50061
   rillgate serve --set batcher.max_running=128 --set cache.device_memory=8GiB"""
 
 
@@ -111,6 +125,34 @@ def _add_listen(parser: argparse.ArgumentParser) -> None:
 
 def _add_socket(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--socket", metavar="PATH", help="the replica's Unix socket")
+
+
+def _add_replicas(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--replicas",
+        metavar="N",
+        help="copies of the model side by side (1); 0: only those of --replica-address",
+    )
+    parser.add_argument(
+        "--tensor-parallel", metavar="K", help="processes that each replica is split over (1)"
+    )
+    parser.add_argument(
+        "--devices",
+        metavar="NAMES",
+        help="cuda:0,cuda:1,… or cpu (auto: all CUDA devices, or the CPU)",
+    )
+
+
+def _add_routing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--replica-address",
+        metavar="ADDRESS",
+        action="append",
+        help="host:port, unix:PATH or file:PATH of replicas that run elsewhere; may be repeated",
+    )
+    parser.add_argument(
+        "--routing-policy", choices=ROUTING_POLICIES, help="who gets a request (prefix)"
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -146,6 +188,11 @@ _FLAGS = {
     # flag's attribute -> (group, field)
     "listen": ("gateway", "listen"),
     "socket": ("replica", "socket"),
+    "replicas": ("serve", "num_replicas"),
+    "tensor_parallel": ("replica", "tensor_parallel_size"),
+    "devices": ("serve", "devices"),
+    "replica_address": ("gateway", "replica_addresses"),
+    "routing_policy": ("gateway", "routing_policy"),
     "model": ("model", "path"),
     "model_name": ("model", "name"),
     "dtype": ("model", "dtype"),
@@ -154,11 +201,16 @@ _FLAGS = {
 
 def _prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     """Read the settings and find the checkpoint, which must be whole."""
-    settings = load_settings(args.config, _overrides(args))
+    settings = settings_of(args)
     model_dir, name = resolve_model(settings.model)
     read_model_spec(model_dir, name, needs_tokenizer=True)
     model = replace(settings.model, path=str(model_dir), name=name)
     return settings.model_copy(update={"model": model}), model_dir
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Read all sources, the flags of a parsed command line among them."""
+    return load_settings(args.config, _overrides(args))
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, dict[str, str]]:
@@ -175,5 +227,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     for attribute, (group, field) in _FLAGS.items():
         value = getattr(args, attribute, None)
         if value is not None:
-            found.setdefault(group, {})[field] = value
+            found.setdefault(group, {})[field] = (
+                json.dumps(value) if isinstance(value, list) else value
+            )
     return found

@@ -180,11 +180,17 @@ class ReplicaConfig:
     """Path of the Unix socket between gateway and replica, at most 100 bytes; empty: a fresh one
     in a directory that only this user may enter (`rillgate serve`)."""
     num_threads: int = 0
-    """Threads of the computation, 0 to 1024; 0: one per core that this process may use."""
+    """Threads of the computation, 0 to 1024; 0: one per core that this process may use
+    (`rillgate serve` gives each of several its share)."""
+    max_memory_bytes: int = 0
+    """Of the machine's memory, for all of this process: its cache takes no more than that leaves;
+    0: whatever is free (`rillgate serve` gives each of several its share). Higher: a larger
+    cache."""
     drain_grace_s: float = 30.0
     """Time that running requests have to finish after SIGTERM, 0 to 86400 s."""
     name: str = ""
-    """What status and logs call it, at most 128 bytes; empty: host name and process id."""
+    """What status and logs call it, at most 128 bytes; empty: host name and process id. Replicas of
+    `rillgate serve` get a number each: NAME-0, NAME-1 (empty: replica-0, …)."""
     listen: str = ""
     """HOST:PORT of a door for gateways on other machines, beside or instead of the socket; port 0
     takes a free one. Needs link.tls_* or link.token, or link.insecure; empty: none."""
@@ -213,6 +219,7 @@ class ReplicaConfig:
                 f"{MAX_REPLICA_NAME_BYTES}"
             )
         _check("replica.num_threads", self.num_threads, 0, 1024)
+        _check("replica.max_memory_bytes", self.max_memory_bytes, 0, 1 << 50)
         _check("replica.drain_grace_s", self.drain_grace_s, 0, 86400)
         _check("replica.tensor_parallel_size", self.tensor_parallel_size, 1, 256)
         _check("replica.rank", self.rank, 0, self.tensor_parallel_size - 1)

@@ -140,8 +140,7 @@ def run_gateway(settings: Settings, model_dir: Path) -> int:
     text = ModelText.load(model_dir)
     shared = SharedPrefixes.load(settings.gateway.shared_prefixes, text, unix_time_ms())
     model = ServedModel(spec, text, shared)
-    address = f"unix:{Path(settings.replica.socket).resolve()}"
-    asyncio.run(_serve(settings.gateway, model, address))
+    asyncio.run(_serve(settings.gateway, model, settings.gateway.replica_addresses[0]))
     return 0
 
 

@@ -19,6 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+EXIT_CRASHED = 1
+EXIT_OPERATOR = 2
+"""What a child exits with when starting it again is no help (a setting, a checkpoint, memory); it
+has said why in one line."""
+EXIT_FROZEN = 3
+"""What a replica's watchdog exits with when the engine makes no progress."""
+
 READY = "READY"
 PROGRESS = "PROGRESS"
 SUPERVISED = "RILLGATE_SUPERVISED"
@@ -148,6 +155,8 @@ def _destination() -> str:
 
 def describe_exit(code: int) -> str:
     """Say in words how a process ended."""
+    if code == EXIT_FROZEN:
+        return f"exit code {code}: it made no progress, and its watchdog ended it"
     if code >= 0:
         return f"exit code {code}"
     try:

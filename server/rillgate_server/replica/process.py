@@ -19,7 +19,7 @@ from rillgate_server.replica.cache_size import CacheDemand, FreeMemory, choose_c
 from rillgate_server.replica.progress import loading_progress
 from rillgate_server.replica.serving import serve_engine
 from rillgate_server.service.log_events import configure_logging
-from rillgate_server.worker.host_memory import available_bytes
+from rillgate_server.worker.host_memory import spare_bytes
 from rillgate_server.worker.worker import Worker, WorkerOptions
 
 _log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _load_worker(settings: Settings, model_dir: Path) -> Worker:
 
 
 def _allocate_cache(settings: Settings, spec: ModelSpec, worker: Worker) -> CacheSizes:
-    free_bytes = available_bytes()
+    free_bytes = spare_bytes(settings.replica.max_memory_bytes)
     sizes = choose_cache_sizes(
         settings.cache,
         FreeMemory(free_bytes, free_bytes, is_shared=True),  # the worker computes on CPUs

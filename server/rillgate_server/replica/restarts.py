@@ -1,8 +1,9 @@
-"""When a child that died is started again, and when its supervisor gives up.
+"""When something that died is started again, and when its supervisor gives up.
 
-A pure decision over how long each child had served; the supervisor acts on it.
+A pure decision over how long each had served; the supervisor acts on it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -15,14 +16,19 @@ class RestartPolicy:
     quick_s: float = 30.0
     """From READY on: loading may take long, and a child that dies of it has served nobody."""
     max_quick_crashes: int = 5
-    """In a row; with the last one the supervisor gives up."""
+    """In a row; with so many of each that could serve instead, the supervisor gives up."""
+    has_others_elsewhere: bool = False
+    """Whether replicas that are not the supervisor's serve beside its own."""
 
     def count(self, quick_crashes: int, served_s: float) -> int:
         """Return the quick crashes in a row, this death included; long service forgets them."""
         return quick_crashes + 1 if served_s < self.quick_s else 0
 
-    def delay_s(self, quick_crashes: int) -> float | None:
-        """Return how long to wait before the next start; None: give up."""
-        if quick_crashes >= self.max_quick_crashes:
-            return None
-        return min(self.first_delay_s * 2.0 ** max(0, quick_crashes - 1), self.longest_delay_s)
+    def gives_up(self, quick_crashes: int, of_others: Iterable[int] = ()) -> bool:
+        """Whether to give up after so many, where others have theirs (one that serves: 0)."""
+        return all(count >= self.max_quick_crashes for count in (quick_crashes, *of_others))
+
+    def delay_s(self, quick_crashes: int) -> float:
+        """Return how long to wait before the next start."""
+        doublings = min(max(0, quick_crashes - 1), 30)  # far beyond any longest delay
+        return min(self.first_delay_s * 2.0**doublings, self.longest_delay_s)

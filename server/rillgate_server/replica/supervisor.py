@@ -1,40 +1,25 @@
-"""`rillgate serve`: starts a replica and a gateway, keeps them alive, stops them in order.
+"""Keeps a gateway and its replicas alive, and stops them in order.
 
-Owns the children, the directory of the socket between them, and what the operator reads. Needs
-neither torch nor gRPC, so that it survives whatever they do. Children are started by exec (never by
-fork alone: after gRPC or torch have threads that is not safe) and die with it, on a leash.
+Owns what lives, how often it crashed, and when serving is over. Needs neither torch nor gRPC, so
+that it survives whatever they do. Children are started by exec (never by fork alone: after gRPC or
+torch have threads that is not safe) and die with it, on a leash.
 
-    start    replica and gateway side by side (callers get UNAVAILABLE until the replica is there)
-    crash    the same child again, with back-off; the other one goes on
-    SIGTERM  gateway (it drains), then replica; a second signal kills both
+    start    all side by side (callers get UNAVAILABLE until the first replica is there)
+    crash    the same group again, with back-off; the others go on
+    SIGTERM  gateway (it drains), then all replicas; a second signal kills them
+    over     the gateway, or every replica, crashes again and again
 """
 
 import asyncio
 import contextlib
-import os
-import secrets
-import signal
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from rillgate_server.config.groups import MAX_SOCKET_PATH_BYTES
-from rillgate_server.config.settings import Settings
-from rillgate_server.errors import ConfigError
-from rillgate_server.replica.child import Child, ChildSpec, describe_exit
-from rillgate_server.replica.progress import shown_progress
+from rillgate_server.replica.child import EXIT_CRASHED, EXIT_OPERATOR, describe_exit
+from rillgate_server.replica.group import Group, GroupEnd, GroupSpec
 from rillgate_server.replica.restarts import RestartPolicy
 
-EXIT_OPERATOR = 2
-"""What a child exits with when starting it again is no help (a setting, a checkpoint, memory); it
-has said why in one line."""
-EXIT_CRASHED = 1
 EXIT_KILLED = 130
-
-_STOP_MARGIN_S = 10.0  # a child's own end after its grace: closing sockets, freeing memory
 
 
 class GaveUp(Exception):
@@ -47,31 +32,38 @@ class GaveUp(Exception):
 
 
 class Supervisor:
-    """Keeps children alive until it is told to stop.
+    """Keeps groups of children alive until it is told to stop.
 
-    State: `_living` (name -> child), the first READY of each child, whether it is stopping.
+    State: `_living` (name -> group), the first READY of each, quick crashes, loads under way,
+    whether serving was announced, whether it is stopping.
     """
 
     def __init__(
         self,
-        specs: Sequence[ChildSpec],
+        gateway: GroupSpec,
+        replicas: Sequence[GroupSpec],
         policy: RestartPolicy,
         on_ready: Callable[[dict[str, str]], None],
         say: Callable[[str], None],
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Supervise `specs`, stopped from last to first.
+        """Supervise a gateway and its replicas; none: those are elsewhere.
 
-        `on_ready` gets name -> READY's text, `on_progress` the bytes that a child has loaded.
+        `on_ready` gets name -> READY's text, once, with the gateway and the first replica;
+        `on_progress` the bytes that all have loaded.
         """
-        self._specs = specs
+        self._gateway = gateway
+        self._replicas = replicas
         self._policy = policy
         self._on_ready = on_ready
         self._say = say
         self._on_progress = on_progress
-        self._living: dict[str, Child] = {}  # name -> child
+        self._living: dict[str, Group] = {}  # name -> group
         self._ready_texts: dict[str, str] = {}  # name -> text of its first READY
         self._pinned: dict[str, dict[str, str]] = {}  # name -> environment of its next lives
+        self._quick_crashes: dict[str, int] = {}  # name -> in a row
+        self._loads: dict[str, tuple[int, int]] = {}  # child's name -> bytes done, in all
+        self._is_announced = False
         self._stop = asyncio.Event()
         self._num_signals = 0
 
@@ -79,7 +71,7 @@ class Supervisor:
         return f"Supervisor({list(self._living.values())}, stopping={self._stop.is_set()})"
 
     def pin(self, name: str, environment: dict[str, str]) -> None:
-        """Give a child `environment`, too, whenever it is started again."""
+        """Give a group `environment`, too, whenever it is started again."""
         self._pinned[name] = environment
 
     def request_stop(self) -> None:
@@ -87,17 +79,18 @@ class Supervisor:
         self._num_signals += 1
         self._stop.set()
         if self._num_signals > 1:
-            for child in self._living.values():
-                child.kill()
+            self._kill()
 
     async def run(self) -> int:
         """Serve until stopped; return the exit code. No child outlives this call."""
-        keepers = [asyncio.create_task(self._keep(spec)) for spec in self._specs]
+        keepers = [
+            asyncio.create_task(self._keep(spec)) for spec in (*self._replicas, self._gateway)
+        ]
         stopped = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait((*keepers, stopped), return_when=asyncio.FIRST_COMPLETED)
             gave_up = next((task.exception() for task in keepers if task.done()), None)
-            await self._stop_children()
+            await self._stop_all()
             if self._num_signals > 1:
                 return EXIT_KILLED
             if isinstance(gave_up, GaveUp):
@@ -109,147 +102,100 @@ class Supervisor:
             return 0
         finally:
             self._stop.set()
-            for child in self._living.values():
-                child.kill()
+            self._kill()
             await asyncio.gather(*keepers, stopped, return_exceptions=True)
 
-    async def _keep(self, spec: ChildSpec) -> None:
-        """Start a child, again and again; returns when stopping, raises GaveUp."""
-        quick_crashes = 0
+    async def _keep(self, spec: GroupSpec) -> None:
+        """Start a group, again and again; returns when stopping, raises GaveUp."""
         while not self._stop.is_set():
-            pinned = {**spec.environment, **self._pinned.get(spec.name, {})}
-            child = await Child.start(replace(spec, environment=pinned), self._on_progress)
-            self._living[spec.name] = child
-            if self._stop.is_set():  # told so while the process was being made
-                child.kill()
-            child.ready.add_done_callback(lambda ready: self._note_ready(spec.name, ready))
-            code = await child.wait()
+            pinned = self._pinned.get(spec.name, {})
+            group = await Group.start(spec, pinned, self._note_progress)
+            self._living[spec.name] = group
+            if self._stop.is_set():  # told so while the processes were being made
+                group.kill()
+            group.ready.add_done_callback(lambda ready: self._note_ready(spec.name, ready))
+            end = await group.wait()
             del self._living[spec.name]
             if self._stop.is_set():
                 return
-            if code == EXIT_OPERATOR:
-                raise GaveUp(EXIT_OPERATOR)
-            served_s = 0.0 if child.ready_at_s is None else time.monotonic() - child.ready_at_s
-            quick_crashes = self._policy.count(quick_crashes, served_s)
-            delay_s = self._policy.delay_s(quick_crashes)
-            if delay_s is None:
-                raise GaveUp(EXIT_CRASHED, _epitaph(child, code, quick_crashes))
+            delay_s = self._judge(group, end)
             self._say(
-                f"the {spec.name} died ({describe_exit(code)}); starting it again in {delay_s:g} s"
+                f"{end.child.spec.name} died ({describe_exit(end.code)}); starting "
+                f"{'it' if len(spec.children) == 1 else f'all ranks of {spec.name}'} again in "
+                f"{delay_s:g} s"
             )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), delay_s)
+
+    def _judge(self, group: Group, end: GroupEnd) -> float:
+        """Return how long to wait before the next start; raises GaveUp."""
+        if end.code == EXIT_OPERATOR:
+            raise GaveUp(EXIT_OPERATOR)
+        name = group.spec.name
+        served_s = 0.0 if group.ready_at_s is None else time.monotonic() - group.ready_at_s
+        quick_crashes = self._policy.count(self._quick_crashes.get(name, 0), served_s)
+        self._quick_crashes[name] = quick_crashes
+        others = [] if group.spec is self._gateway else self._crashes_of_others(name)
+        if self._policy.gives_up(quick_crashes, others):
+            raise GaveUp(EXIT_CRASHED, _epitaph(end, quick_crashes))
+        return self._policy.delay_s(quick_crashes)
+
+    def _crashes_of_others(self, name: str) -> list[int]:
+        """Return the quick crashes of each other replica, none of one that serves."""
+        elsewhere = [0] if self._policy.has_others_elsewhere else []
+        return elsewhere + [
+            0 if self._serves(spec.name) else self._quick_crashes.get(spec.name, 0)
+            for spec in self._replicas
+            if spec.name != name
+        ]
+
+    def _serves(self, name: str) -> bool:
+        group = self._living.get(name)
+        return group is not None and group.ready_at_s is not None
 
     def _note_ready(self, name: str, ready: "asyncio.Future[str]") -> None:
         if ready.cancelled():
             return
         if name in self._ready_texts:
-            self._say(f"the {name} serves again: {ready.result()}")
+            self._say(f"{name} serves again: {ready.result()}")
             return
         self._ready_texts[name] = ready.result()
-        if len(self._ready_texts) == len(self._specs):
+        if len(self._replicas) > 1 and name != self._gateway.name:
+            self._say(f"{name} serves")
+        has_replica = not self._replicas or len(self._ready_texts) > 1
+        if self._gateway.name in self._ready_texts and has_replica and not self._is_announced:
+            self._is_announced = True
             self._on_ready(dict(self._ready_texts))
 
-    async def _stop_children(self) -> None:
-        """Stop the children one after another, the last one first."""
+    def _note_progress(self, name: str, done: int, total: int) -> None:
+        """Show the sum of all loads; once all are done the next one begins anew."""
+        self._loads[name] = (done, total)
+        sums = [sum(column) for column in zip(*self._loads.values(), strict=True)]
+        self._on_progress(sums[0], sums[1])
+        if sums[0] >= sums[1]:
+            self._loads.clear()
+
+    async def _stop_all(self) -> None:
+        """Stop the gateway, and once it has drained all replicas side by side."""
         self._stop.set()
-        for spec in reversed(self._specs):
-            child = self._living.get(spec.name)
-            if child is not None and not await child.stop() and self._num_signals < 2:
-                self._say(f"the {spec.name} did not stop within {spec.stop_grace_s:g} s; killed")
+        await self._stop_group(self._gateway)
+        await asyncio.gather(*map(self._stop_group, self._replicas))
+
+    async def _stop_group(self, spec: GroupSpec) -> None:
+        group = self._living.get(spec.name)
+        if group is not None and not await group.stop() and self._num_signals < 2:
+            grace_s = spec.children[0].stop_grace_s
+            self._say(f"{spec.name} did not stop within {grace_s:g} s; killed")
+
+    def _kill(self) -> None:
+        for group in self._living.values():
+            group.kill()
 
 
-def _epitaph(child: Child, code: int, quick_crashes: int) -> str:
+def _epitaph(end: GroupEnd, quick_crashes: int) -> str:
     lines = [
-        f"the {child.spec.name} died {quick_crashes} times in a row soon after its start, "
-        f"the last time with {describe_exit(code)}; giving up. Its last lines:",
-        *(f"    {line}" for line in child.last_lines),
+        f"{end.child.spec.name} died {quick_crashes} times in a row soon after its start, "
+        f"the last time with {describe_exit(end.code)}; giving up. Its last lines:",
+        *(f"    {line}" for line in end.child.last_lines),
     ]
     return "\n".join(lines)
-
-
-def run_supervisor(settings: Settings, model_dir: Path) -> int:
-    """Serve the checkpoint of `model_dir` until SIGTERM, SIGINT or SIGHUP; return the exit code."""
-    with _socket_path(settings.replica.socket) as socket:
-        resolved = settings.model_copy(
-            update={
-                "model": replace(settings.model, path=str(model_dir.resolve())),
-                "replica": replace(settings.replica, socket=str(socket)),
-                # Made here, so that a gateway that is started again keeps it.
-                "gateway": replace(
-                    settings.gateway,
-                    cluster_secret=settings.gateway.cluster_secret or secrets.token_hex(),
-                ),
-            }
-        )
-        return asyncio.run(_supervise(resolved))
-
-
-async def _supervise(settings: Settings) -> int:
-    started_s = time.monotonic()
-
-    def on_ready(texts: dict[str, str]) -> None:
-        _say(
-            f"serving {texts['replica']} on {texts['gateway']} "
-            f"(ready after {time.monotonic() - started_s:.1f} s; Ctrl-C stops)"
-        )
-        # A gateway that took a free port comes back on the same one.
-        supervisor.pin("gateway", {"RILLGATE_GATEWAY__LISTEN": texts["gateway"]})
-
-    with shown_progress(sys.stderr) as show:
-        supervisor = Supervisor(_children(settings), RestartPolicy(), on_ready, _say, show)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # HUP: its terminal closed
-            loop.add_signal_handler(number, supervisor.request_stop)
-        return await supervisor.run()
-
-
-def _children(settings: Settings) -> tuple[ChildSpec, ...]:
-    """Describe the children, in the order of their start."""
-    command = (sys.executable, "-m", "rillgate_server.cli")
-    environment = {
-        # gRPC's C core writes lines of its own beside the errors that it also raises.
-        "GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "NONE"),
-        **settings.to_environment(),
-    }
-    return (
-        ChildSpec(
-            "replica",
-            (*command, "replica"),
-            {**environment, "RILLGATE_GATEWAY__CLUSTER_SECRET": ""},  # gets salts, never the secret
-            settings.replica.drain_grace_s + _STOP_MARGIN_S,
-        ),
-        ChildSpec(
-            "gateway",
-            (*command, "gateway"),
-            environment,
-            settings.gateway.drain_grace_s + _STOP_MARGIN_S,
-        ),
-    )
-
-
-@contextlib.contextmanager
-def _socket_path(configured: str) -> Iterator[Path]:
-    """Yield where the replica listens: as configured, or in a directory for this user alone."""
-    if configured:
-        yield Path(configured)
-        return
-    try:
-        made = tempfile.TemporaryDirectory(prefix="rillgate-")  # mode 0700
-    except OSError as error:
-        raise ConfigError(
-            f"no directory for the replica's socket can be made: {error.strerror}; allowed: "
-            f"replica.socket, a path that can be written, or TMPDIR, such a directory"
-        ) from error
-    with made as directory:
-        path = Path(directory) / "replica.sock"
-        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-            raise ConfigError(
-                f"TMPDIR makes a socket's path of {len(os.fsencode(path))} bytes; allowed: "
-                f"{MAX_SOCKET_PATH_BYTES} (set replica.socket)"
-            )
-        yield path
-
-
-def _say(message: str) -> None:
-    print(f"rillgate: {message}", file=sys.stderr, flush=True)

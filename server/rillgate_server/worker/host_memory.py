@@ -19,6 +19,23 @@ def available_bytes(cgroup: Path = _CGROUP) -> int:
     return max(0, min(free_bytes, limit - used + _page_cache_bytes(cgroup)))
 
 
+def spare_bytes(max_memory_bytes: int) -> int:
+    """Return what is available, at most what this process has left of `max_memory_bytes` (0: all).
+
+    Processes that start side by side need a limit: each would find the same memory free.
+    """
+    free_bytes = available_bytes()
+    if max_memory_bytes == 0:
+        return free_bytes
+    return max(0, min(free_bytes, max_memory_bytes - _anonymous_bytes()))
+
+
+def _anonymous_bytes() -> int:
+    """Return what this process holds beside file pages, which the kernel can drop."""
+    usage = psutil.Process().memory_info()
+    return int(usage.rss - usage.shared)
+
+
 def _page_cache_bytes(cgroup: Path) -> int:
     """Return the container's file pages that the kernel can drop."""
     try:

@@ -1,0 +1,115 @@
+"""What `rillgate serve` starts: settings and places to the commands and environments of children.
+
+Owns names, addresses and what each child is told (by its environment: settings hold secrets, which
+a command line shows to everybody). Starts nothing.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rillgate_server.config.settings import Settings
+from rillgate_server.errors import ConfigError
+from rillgate_server.replica.child import ChildSpec
+from rillgate_server.replica.devices import VISIBLE_DEVICES, Placement
+from rillgate_server.replica.group import GroupSpec
+
+GATEWAY = "gateway"
+REPLICA = "replica"
+
+_COMMAND = (sys.executable, "-m", "rillgate_server.cli")
+_STOP_MARGIN_S = 10.0  # a child's own end after its grace: closing sockets, freeing memory
+
+
+def replica_groups(
+    settings: Settings, placements: Sequence[Sequence[Placement]], directory: Path
+) -> list[GroupSpec]:
+    """Describe each replica: its ranks, which meet at a fresh port and serve at a socket."""
+    _refuse_one_door_for_many(settings)
+    prefix = settings.replica.name or REPLICA
+    groups = []
+    for index, ranks in enumerate(placements):
+        name = f"{prefix}-{index}"
+        path = settings.replica.socket or str(directory / f"{REPLICA}-{index}.sock")
+        of_replica = replace(settings.replica, name=name, socket=path)
+        children = tuple(
+            _rank(settings.model_copy(update={"replica": of_replica}), rank, placement)
+            for rank, placement in enumerate(ranks)
+        )
+        groups.append(GroupSpec(name, children, _fresh_rendezvous if len(ranks) > 1 else dict))
+    return groups
+
+
+def socket_addresses(replicas: Sequence[GroupSpec]) -> tuple[str, ...]:
+    """Return where a gateway finds these replicas."""
+    return tuple(
+        f"unix:{Path(group.children[0].environment['RILLGATE_REPLICA__SOCKET']).resolve()}"
+        for group in replicas
+    )
+
+
+def gateway_group(settings: Settings) -> GroupSpec:
+    """Describe the gateway over gateway.replica_addresses."""
+    child = ChildSpec(
+        GATEWAY,
+        (*_COMMAND, GATEWAY),
+        _environment(settings),
+        settings.gateway.drain_grace_s + _STOP_MARGIN_S,
+    )
+    return GroupSpec(GATEWAY, (child,))
+
+
+def _rank(settings: Settings, rank: int, placement: Placement) -> ChildSpec:
+    """Describe one process of a replica."""
+    num_ranks = settings.replica.tensor_parallel_size
+    name = settings.replica.name
+    own = replace(
+        settings.replica,
+        rank=rank,
+        num_threads=placement.num_threads,
+        max_memory_bytes=placement.max_memory_bytes,
+    )
+    return ChildSpec(
+        name if num_ranks == 1 else f"{name} rank {rank}",
+        (*_COMMAND, REPLICA),
+        {
+            **_environment(settings.model_copy(update={"replica": own})),
+            "RILLGATE_GATEWAY__CLUSTER_SECRET": "",  # gets salts, never the secret
+            VISIBLE_DEVICES: placement.visible_devices,
+        },
+        settings.replica.drain_grace_s + _STOP_MARGIN_S,
+    )
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    return {
+        # gRPC's C core writes lines of its own beside the errors that it also raises.
+        "GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "NONE"),
+        **settings.to_environment(),
+    }
+
+
+def _fresh_rendezvous() -> Mapping[str, str]:
+    """Take a port that is free now: one of an earlier start could still be waited on there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {"RILLGATE_REPLICA__RENDEZVOUS": f"127.0.0.1:{probe.getsockname()[1]}"}
+
+
+def _refuse_one_door_for_many(settings: Settings) -> None:
+    """Raise ConfigError where several replicas would listen at one place."""
+    if settings.serve.num_replicas < 2:
+        return
+    if settings.replica.socket:
+        raise ConfigError(
+            f"replica.socket is {settings.replica.socket!r} for {settings.serve.num_replicas} "
+            f"replicas; allowed: none, which gives each its own"
+        )
+    if settings.replica.listen and not settings.replica.listen.endswith(":0"):
+        raise ConfigError(
+            f"replica.listen is {settings.replica.listen!r} for {settings.serve.num_replicas} "
+            f"replicas; allowed: port 0, which gives each its own"
+        )
