@@ -1,8 +1,11 @@
-"""What the messages of one stream add up to.
+"""What the messages of one stream add up to, over all the calls that it takes.
 
 Owns the sum so far: chunks for the caller, the whole result, the continuation. Knows nothing of
-gRPC calls, so both clients share it. Checks what the protocol promises: tokens of a choice follow
-each other without a gap or a repeat, and every choice ends.
+gRPC, so both clients share it. Checks what the protocol promises: tokens of a choice follow each
+other without a gap or a repeat, and every choice ends.
+
+A call that goes on from here may say again what the caller has: who it is (Started), the prompt's
+log-probabilities while there is no token, the ends of choices. None of it is given twice.
 """
 
 from rillgate._convert_response import to_logprobs, to_reason, to_started, to_usage
@@ -28,7 +31,7 @@ class _ChoiceSoFar:
         self.num_given = 0 if given is None else len(given.token_ids)
         self.token_ids: list[int] = [] if given is None else list(given.token_ids)
         self.finish_reason: FinishReason | None = None if given is None else given.finish_reason
-        self.was_given_finished = self.finish_reason is not None
+        self.may_be_confirmed = False  # finished before this call, which may say so once
         self.texts: list[str] = []
         self.reasoning_texts: list[str] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -43,28 +46,68 @@ class Accumulator:
         """Begin with what the caller already has."""
         given = {choice.index: choice for choice in continuation.choices} if continuation else {}
         self._choices = {index: _ChoiceSoFar(given.get(index)) for index in range(num_choices)}
-        self.started: Started | None = None
+        self.started: Started | None = None  # of the first call that began
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self.num_resumes = 0
+        self._goes_on = False
+        self._has_call_started = False
+        self._num_prompt_logprobs_of_call = 0
+        self.begin_call(goes_on=False)
 
     def __repr__(self) -> str:
         """Show how far each choice is."""
         lengths = {index: len(choice.token_ids) for index, choice in self._choices.items()}
         return f"Accumulator(started={self.started is not None}, num_tokens={lengths})"
 
+    def begin_call(self, goes_on: bool) -> None:
+        """Expect the messages of a new call; `goes_on`: one before it broke."""
+        self._goes_on = goes_on
+        self._has_call_started = False
+        self._num_prompt_logprobs_of_call = 0
+        for choice in self._choices.values():
+            choice.may_be_confirmed = choice.finish_reason is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the caller has everything, with or without the stream's own end."""
+        return all(choice.usage is not None for choice in self._choices.values())
+
     def push(self, message: pb.GenerateResponse) -> list[Chunk]:
-        """Add one message; give one chunk per choice that it speaks of."""
+        """Add one message; give one chunk per choice of which it says something new."""
         if message.HasField("started"):
-            self.started = to_started(message.started)
-        elif self.started is None:
+            self._start(to_started(message.started))
+        elif not self._has_call_started:
             raise ProtocolError("the stream's first message does not say what was started")
-        if message.prompt_logprobs:  # a long prompt's come in pieces
-            self.prompt_logprobs += to_logprobs(message.prompt_logprobs)
+        if message.prompt_logprobs:
+            self._push_prompt_logprobs(to_logprobs(message.prompt_logprobs))
         finished = {entry.choice_index: entry for entry in message.finished}
         chunks = [
             self._push_output(output, finished.pop(output.choice_index, None))
             for output in message.outputs
         ]
-        return chunks + [self._push_end(index, entry) for index, entry in finished.items()]
+        ends = [self._push_end(index, entry) for index, entry in finished.items()]
+        return chunks + [end for end in ends if end is not None]
+
+    def _start(self, started: Started) -> None:
+        """Keep the first call's answer: the others go on with the same."""
+        first = self.started
+        if first is None:
+            self.started = started
+        elif (started.seed, started.model_version, started.prompt_digest) != (
+            first.seed,
+            first.model_version,
+            first.prompt_digest,
+        ):
+            raise ProtocolError("the stream goes on with another seed, model version or prompt")
+        if self._goes_on and not self._has_call_started:
+            self.num_resumes += 1
+        self._has_call_started = True
+
+    def _push_prompt_logprobs(self, logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """Add a piece (a long prompt's come in several), or what of it is new."""
+        num_known = len(self.prompt_logprobs) - self._num_prompt_logprobs_of_call
+        self._num_prompt_logprobs_of_call += len(logprobs)
+        self.prompt_logprobs += logprobs[num_known:]
 
     def _push_output(self, output: pb.Output, finished: pb.Finished | None) -> Chunk:
         choice = self._open_choice(output.choice_index)
@@ -92,12 +135,14 @@ class Accumulator:
             usage=choice.usage,
         )
 
-    def _push_end(self, index: int, finished: pb.Finished) -> Chunk:
-        """Give the chunk of a choice that ends without a new token."""
+    def _push_end(self, index: int, finished: pb.Finished) -> Chunk | None:
+        """Give the chunk of a choice that ends without a new token; None: the caller had it."""
         choice = self._choices.get(index)
-        # A choice that was given finished may be confirmed; any other ends once.
-        if choice is None or (choice.finish_reason is not None and not choice.was_given_finished):
+        if choice is None or (choice.finish_reason is not None and not choice.may_be_confirmed):
             raise ProtocolError(f"choice {index} ends, but it is not open")
+        choice.may_be_confirmed = False
+        if choice.usage is not None:
+            return None
         _finish(choice, finished)
         return Chunk(
             choice_index=index,
@@ -127,7 +172,7 @@ class Accumulator:
                 raise ProtocolError(f"the stream ended, but choice {index} did not")
             if choice.usage is not None:  # None: it was finished before, and is not made again
                 choices.append(_whole(index, choice, choice.finish_reason, choice.usage))
-        return Generation(self.started, tuple(choices), self.prompt_logprobs)
+        return Generation(self.started, tuple(choices), self.prompt_logprobs, self.num_resumes)
 
     def continuation(self) -> Continuation | None:
         """Give what it takes to go on from here; None before the first message."""

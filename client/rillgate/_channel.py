@@ -86,10 +86,12 @@ def _options(config: ClientConfig) -> Options:
         # and without "any number" (0) gRPC stops pinging a server that is slow to answer.
         ("grpc.http2.ping_timeout_ms", round(config.keepalive_timeout_s * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
-        # A connection that was lost is tried again within seconds, not after gRPC's two minutes.
+        # A connection that was lost is tried again every second, not after gRPC's two minutes, so
+        # that a restarted server is found at once. The one called `min` is how long an attempt may
+        # take: with 200 ms a far or a busy server was never reached at first.
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.min_reconnect_backoff_ms", 5_000),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.service_config", json.dumps({"loadBalancingConfig": [{config.balancing: {}}]})),
     )
     if config.tls is not None and config.tls.server_name is not None:

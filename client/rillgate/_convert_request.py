@@ -42,6 +42,8 @@ _REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+    # One that a newer server knows: the choice is finished, which is what counts.
+    FinishReason.UNKNOWN: pb.FINISH_REASON_STOP,
 }
 
 _PRIORITIES = {
@@ -77,6 +79,17 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReq
     if continuation is not None:
         _set_continuation(request.continuation, continuation)
     return request
+
+
+def continued_request(
+    request: pb.GenerateRequest, continuation: Continuation
+) -> pb.GenerateRequest:
+    """Copy the request, to go on from `continuation` instead of where it would have begun."""
+    again = pb.GenerateRequest()
+    again.CopyFrom(request)
+    again.ClearField("continuation")
+    _set_continuation(again.continuation, continuation)
+    return again
 
 
 def check_options(options: Mapping[str, object]) -> None:
@@ -204,5 +217,5 @@ def _set_continuation(message: pb.Continuation, continuation: Continuation) -> N
             message.choices.add(
                 index=choice.index,
                 token_ids=choice.token_ids,
-                finish_reason=_REASONS.get(choice.finish_reason, pb.FINISH_REASON_UNSPECIFIED),
+                finish_reason=_REASONS[choice.finish_reason],
             )

@@ -1,6 +1,7 @@
 """A stream of chunks for asyncio.
 
-Owns one call and what was received of it. Knows nothing of how a call is opened.
+Owns the call under way and what waits to be given. Knows nothing of how a call is opened; what
+follows after a break is `_resume`'s.
 """
 
 import asyncio
@@ -12,9 +13,9 @@ from typing import Self
 
 import grpc.aio
 
-from rillgate._accumulate import Accumulator
-from rillgate._status import RetryState, error_of
-from rillgate.errors import ProtocolError
+from rillgate._resume import StreamSession
+from rillgate._status import error_of
+from rillgate.errors import ProtocolError, RillgateError
 from rillgate.types import Chunk, Continuation, Generation, Started, TokenLogprobs
 from rillgate_proto.v1 import inference_pb2
 
@@ -24,24 +25,24 @@ _Call = grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.Ge
 class AsyncGenerationStream:
     """An answer as it comes: iterate it, at best in an `async with` block, whose end closes it.
 
-    Owns the call, the chunks received but not yet given, and the sum so far. Cancelling the task
-    that waits for a chunk cancels the call.
+    Owns the call, the chunks received but not yet given, and the sum so far. A connection that
+    breaks is a pause: the stream goes on by itself unless its client was made with `resume=False`.
+    Cancelling the task that waits for a chunk cancels the call.
     """
 
     def __init__(
         self,
-        open_call: "Callable[[float | None], _Call]",
-        accumulator: Accumulator,
-        retry: RetryState,
+        open_call: "Callable[[inference_pb2.GenerateRequest, float | None], _Call]",
+        session: StreamSession,
     ) -> None:
-        """Begin the call; `open_call` takes the seconds that are left."""
+        """Begin the call; `open_call` takes the request and the seconds that are left."""
         self._open_call = open_call
-        self._accumulator = accumulator
-        self._retry = retry
+        self._session = session
+        self._accumulator = session.accumulator
         self._closed = asyncio.Event()
         self._chunks: deque[Chunk] = deque()
-        self._call = open_call(retry.remaining_s())
-        self._messages = aiter(self._call)
+        self._closing_error: RillgateError | None = None
+        self._begin_call()
 
     def __repr__(self) -> str:
         """Show what was received."""
@@ -71,7 +72,7 @@ class AsyncGenerationStream:
             if message is None:
                 raise StopAsyncIteration
             try:
-                self._chunks.extend(self._accumulator.push(message))
+                self._chunks.extend(self._session.push(message))
             except ProtocolError:
                 await self.aclose()
                 raise
@@ -87,6 +88,11 @@ class AsyncGenerationStream:
         """Give the prompt's log-probabilities, as far as they came."""
         return self._accumulator.prompt_logprobs
 
+    @property
+    def num_resumes(self) -> int:
+        """Say how often this stream went on after a break."""
+        return self._accumulator.num_resumes
+
     def continuation(self) -> Continuation | None:
         """Give what it takes to go on from here with another stream; None before `started`."""
         return self._accumulator.continuation()
@@ -97,10 +103,19 @@ class AsyncGenerationStream:
             pass
         return self._accumulator.generation()
 
-    async def aclose(self) -> None:
-        """Cancel what is left; the server frees it. Harmless when there is nothing left."""
+    async def aclose(self, error: RillgateError | None = None) -> None:
+        """Cancel what is left; the server frees it. Harmless when there is nothing left.
+
+        `error`: what a task that waits for a chunk gets; None: the stream's plain end.
+        """
+        if not self._closed.is_set():
+            self._closing_error = error
         self._closed.set()
         self._call.cancel()
+
+    def _begin_call(self) -> None:
+        self._call = self._open_call(self._session.next_request(), self._session.remaining_s())
+        self._messages = aiter(self._call)
 
     async def _receive(self) -> inference_pb2.GenerateResponse | None:
         """Wait for a message, calling again where that can pay; None at the end."""
@@ -108,29 +123,44 @@ class AsyncGenerationStream:
             try:
                 return await anext(self._messages)
             except StopAsyncIteration:
-                self._accumulator.generation()  # raises unless every choice has ended
                 self._closed.set()
+                self._accumulator.generation()  # raises unless every choice has ended
                 return None
             except asyncio.CancelledError:
                 # gRPC also raises this in the reader when another task closes the stream.
                 if self._closed.is_set() and not _is_task_cancelled():
-                    return None
-                self._closed.set()
-                self._call.cancel()
+                    break
+                await self.aclose()
                 raise
             except grpc.aio.AioRpcError as rpc_error:
                 error = error_of(rpc_error)
-                has_begun = self._accumulator.started is not None
-                wait_s = None if has_begun else self._retry.wait_before_retry_s(error)
+                if self._session.is_over(error):
+                    self._closed.set()
+                    return None
+                wait_s = self._session.wait_before_next_s(error)
                 if wait_s is None:
                     self._closed.set()
                     raise error from rpc_error
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._closed.wait(), wait_s)
-                return None
-            self._call = self._open_call(self._retry.remaining_s())
-            self._messages = aiter(self._call)
+            await self._wait_closed(wait_s)
+            if not self._closed.is_set():
+                self._begin_call()
+        self._raise_closing_error()
         return None
+
+    async def _wait_closed(self, timeout_s: float) -> None:
+        """Wait before the next call, or until there is none."""
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closed.wait(), timeout_s)
+        except asyncio.CancelledError:
+            self._closed.set()
+            raise
+
+    def _raise_closing_error(self) -> None:
+        """Raise once what `aclose` was given."""
+        error, self._closing_error = self._closing_error, None
+        if error is not None:
+            raise error
 
 
 def _is_task_cancelled() -> bool:

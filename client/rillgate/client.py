@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, Unpack
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
@@ -39,10 +40,11 @@ from rillgate._methods import (
     ResponseT,
 )
 from rillgate._progress import progress_bar
+from rillgate._resume import StreamSession
 from rillgate._status import RetryState, error_of
 from rillgate.async_stream import AsyncGenerationStream
 from rillgate.config import DEFAULT_TARGET, ClientConfig
-from rillgate.errors import UnavailableError
+from rillgate.errors import RequestCancelledError, RillgateError, UnavailableError
 from rillgate.status_types import FlushedCache, ServerStatus
 from rillgate.types import (
     GenerateOptions,
@@ -63,14 +65,22 @@ class AsyncClient:
     """
 
     def __init__(
-        self, target: str | Sequence[str] = DEFAULT_TARGET, config: ClientConfig | None = None
+        self,
+        target: str | Sequence[str] = DEFAULT_TARGET,
+        config: ClientConfig | None = None,
+        *,
+        resume: bool = True,
     ) -> None:
         """Prepare the connection, which is made with the first call.
 
         `target`: `host:port`, what gRPC's name syntax knows (`dns:///name:port`, `unix:///path`),
-        or a sequence of `host:port`.
+        or a sequence of `host:port`. `resume`: go on after a connection broke or a server went, on
+        the same address or another, with every token exactly once; False: that is an error, and
+        `continuation()` is what it takes to go on.
         """
         self._config = config or ClientConfig()
+        self._resume = resume
+        self._streams: WeakSet[AsyncGenerationStream] = WeakSet()
         self._plan = plan_channel(target, self._config)
         self._open_channel: grpc.aio.Channel | None = None
 
@@ -93,13 +103,28 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls under way are cancelled."""
+        for stream in tuple(self._streams):
+            await stream.aclose(RequestCancelledError("the client was closed"))
         if self._open_channel is not None:
             await self._open_channel.close()
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Generate an answer and return it whole."""
-        request = inference_pb2.CompleteRequest(request=generate_request(prompt, options))
-        return to_generation(await self._call(COMPLETE, request, options.get("timeout_s")))
+        request = generate_request(prompt, options)
+        session = self._session(request, options)
+        # Whole in one message is several times as cheap as streamed. Only where that broke, a
+        # stream keeps what comes from then on.
+        while not session.is_interrupted:
+            try:
+                whole = inference_pb2.CompleteRequest(request=request)
+                return to_generation(await self._call_once(COMPLETE, whole, session.remaining_s()))
+            except RillgateError as error:
+                wait_s = session.wait_before_next_s(error)
+                if wait_s is None:
+                    raise
+            await asyncio.sleep(wait_s)
+        async with self._open_stream(session) as stream:
+            return await stream.collect()
 
     async def chat(self, messages: Messages, **options: Unpack[GenerateOptions]) -> Generation:
         """Answer a conversation and return the answer whole."""
@@ -107,13 +132,7 @@ class AsyncClient:
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncGenerationStream:
         """Generate an answer and give it as it comes; the call begins now. Not awaited."""
-        request = generate_request(prompt, options)
-        call = self._channel.unary_stream(GENERATE.path, GENERATE.serialize, GENERATE.deserialize)
-        return AsyncGenerationStream(
-            open_call=lambda timeout_s: call(request, timeout=timeout_s),
-            accumulator=Accumulator(options.get("n") or 1, options.get("continuation")),
-            retry=self._retry(options.get("timeout_s")),
-        )
+        return self._open_stream(self._session(generate_request(prompt, options), options))
 
     def chat_stream(
         self, messages: Messages, **options: Unpack[GenerateOptions]
@@ -237,18 +256,41 @@ class AsyncClient:
         limit_s = self._config.timeout_s if timeout_s is None else timeout_s
         return RetryState(self._config.retry, limit_s, time.monotonic)
 
+    def _session(
+        self, request: inference_pb2.GenerateRequest, options: GenerateOptions
+    ) -> StreamSession:
+        accumulator = Accumulator(options.get("n") or 1, options.get("continuation"))
+        return StreamSession(
+            request, accumulator, self._retry(options.get("timeout_s")), self._resume
+        )
+
+    def _open_stream(self, session: StreamSession) -> AsyncGenerationStream:
+        call = self._channel.unary_stream(GENERATE.path, GENERATE.serialize, GENERATE.deserialize)
+        stream = AsyncGenerationStream(
+            lambda request, timeout_s: call(request, timeout=timeout_s), session
+        )
+        self._streams.add(stream)
+        return stream
+
     async def _call(
         self, method: Method[RequestT, ResponseT], request: RequestT, timeout_s: float | None
     ) -> ResponseT:
         """Make a unary call, again where that can pay."""
-        call = self._channel.unary_unary(method.path, method.serialize, method.deserialize)
         retry = self._retry(timeout_s)
         while True:
             try:
-                return await call(request, timeout=retry.remaining_s())
-            except grpc.aio.AioRpcError as rpc_error:
-                error = error_of(rpc_error)
+                return await self._call_once(method, request, retry.remaining_s())
+            except RillgateError as error:
                 wait_s = retry.wait_before_retry_s(error)
                 if wait_s is None:
-                    raise error from rpc_error
+                    raise
             await asyncio.sleep(wait_s)
+
+    async def _call_once(
+        self, method: Method[RequestT, ResponseT], request: RequestT, timeout_s: float | None
+    ) -> ResponseT:
+        call = self._channel.unary_unary(method.path, method.serialize, method.deserialize)
+        try:
+            return await call(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise error_of(rpc_error) from rpc_error

@@ -44,18 +44,24 @@ class TlsConfig:
 
 @dataclass(frozen=True, slots=True)
 class RetryConfig:
-    """Retries, made only while nothing of the answer was received."""
+    """When a call is made again: one that was refused, and one that broke while under way."""
 
     max_attempts: int = 4
-    """Calls in all, 1 to 100; 1: no retries. Higher: fewer errors, later ones."""
+    """Calls in all while none is answered, 1 to 100; 1: no retries. Higher: fewer errors, later
+    ones."""
+    max_resumes: int = 30
+    """Tries in a row to go on after a break, none of which brings anything new, 0 to 10000. 30 last
+    some 40 s where nobody listens: longer than a restart. Higher: later errors."""
     first_backoff_s: float = 0.1
-    """First wait where the server named none; doubles each time. Above 0."""
+    """First wait where the server named none; doubles each time (after a break up to 2 s).
+    Above 0."""
     max_wait_s: float = 30.0
     """A longer wait than this is not begun: the error comes at once. Above 0."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of its range."""
         _check("retry.max_attempts", self.max_attempts, 1, 100)
+        _check("retry.max_resumes", self.max_resumes, 0, 10_000)
         _check("retry.first_backoff_s", self.first_backoff_s, 1e-3, 3600)
         _check("retry.max_wait_s", self.max_wait_s, 1e-3, 3600)
 

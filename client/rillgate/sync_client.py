@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self, Unpack
+from weakref import WeakSet
 
 import grpc
 
@@ -39,9 +40,10 @@ from rillgate._methods import (
     ResponseT,
 )
 from rillgate._progress import progress_bar
+from rillgate._resume import StreamSession
 from rillgate._status import RetryState, error_of
 from rillgate.config import DEFAULT_TARGET, ClientConfig
-from rillgate.errors import UnavailableError
+from rillgate.errors import RequestCancelledError, RillgateError, UnavailableError
 from rillgate.status_types import FlushedCache, ServerStatus
 from rillgate.sync_stream import GenerationStream
 from rillgate.types import (
@@ -63,14 +65,23 @@ class Client:
     """
 
     def __init__(
-        self, target: str | Sequence[str] = DEFAULT_TARGET, config: ClientConfig | None = None
+        self,
+        target: str | Sequence[str] = DEFAULT_TARGET,
+        config: ClientConfig | None = None,
+        *,
+        resume: bool = True,
     ) -> None:
         """Prepare the connection, which is made with the first call.
 
         `target`: `host:port`, what gRPC's name syntax knows (`dns:///name:port`, `unix:///path`),
-        or a sequence of `host:port`.
+        or a sequence of `host:port`. `resume`: go on after a connection broke or a server went, on
+        the same address or another, with every token exactly once; False: that is an error, and
+        `continuation()` is what it takes to go on.
         """
         self._config = config or ClientConfig()
+        self._resume = resume
+        self._streams: WeakSet[GenerationStream] = WeakSet()
+        self._streams_lock = threading.Lock()
         plan = plan_channel(target, self._config)
         self._target = plan.target
         self._channel = (
@@ -98,12 +109,29 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls under way are cancelled."""
+        with self._streams_lock:
+            streams = tuple(self._streams)
+        for stream in streams:
+            stream.close(RequestCancelledError("the client was closed"))
         self._channel.close()
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Generate an answer and return it whole."""
-        request = inference_pb2.CompleteRequest(request=generate_request(prompt, options))
-        return to_generation(self._call(COMPLETE, request, options.get("timeout_s")))
+        request = generate_request(prompt, options)
+        session = self._session(request, options)
+        # Whole in one message is several times as cheap as streamed. Only where that broke, a
+        # stream keeps what comes from then on.
+        while not session.is_interrupted:
+            try:
+                whole = inference_pb2.CompleteRequest(request=request)
+                return to_generation(self._call_once(COMPLETE, whole, session.remaining_s()))
+            except RillgateError as error:
+                wait_s = session.wait_before_next_s(error)
+                if wait_s is None:
+                    raise
+            time.sleep(wait_s)
+        with self._open_stream(session) as stream:
+            return stream.collect()
 
     def chat(self, messages: Messages, **options: Unpack[GenerateOptions]) -> Generation:
         """Answer a conversation and return the answer whole."""
@@ -111,13 +139,7 @@ class Client:
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> GenerationStream:
         """Generate an answer and give it as it comes; the call begins now."""
-        request = generate_request(prompt, options)
-        call = self._channel.unary_stream(GENERATE.path, GENERATE.serialize, GENERATE.deserialize)
-        return GenerationStream(
-            open_call=lambda timeout_s: call(request, timeout=timeout_s),
-            accumulator=Accumulator(options.get("n") or 1, options.get("continuation")),
-            retry=self._retry(options.get("timeout_s")),
-        )
+        return self._open_stream(self._session(generate_request(prompt, options), options))
 
     def chat_stream(
         self, messages: Messages, **options: Unpack[GenerateOptions]
@@ -244,18 +266,42 @@ class Client:
         limit_s = self._config.timeout_s if timeout_s is None else timeout_s
         return RetryState(self._config.retry, limit_s, time.monotonic)
 
+    def _session(
+        self, request: inference_pb2.GenerateRequest, options: GenerateOptions
+    ) -> StreamSession:
+        accumulator = Accumulator(options.get("n") or 1, options.get("continuation"))
+        return StreamSession(
+            request, accumulator, self._retry(options.get("timeout_s")), self._resume
+        )
+
+    def _open_stream(self, session: StreamSession) -> GenerationStream:
+        call = self._channel.unary_stream(GENERATE.path, GENERATE.serialize, GENERATE.deserialize)
+        stream = GenerationStream(
+            lambda request, timeout_s: call(request, timeout=timeout_s), session
+        )
+        with self._streams_lock:
+            self._streams.add(stream)
+        return stream
+
     def _call(
         self, method: Method[RequestT, ResponseT], request: RequestT, timeout_s: float | None
     ) -> ResponseT:
         """Make a unary call, again where that can pay."""
-        call = self._channel.unary_unary(method.path, method.serialize, method.deserialize)
         retry = self._retry(timeout_s)
         while True:
             try:
-                return call(request, timeout=retry.remaining_s())
-            except grpc.RpcError as rpc_error:
-                error = error_of(rpc_error)
+                return self._call_once(method, request, retry.remaining_s())
+            except RillgateError as error:
                 wait_s = retry.wait_before_retry_s(error)
                 if wait_s is None:
-                    raise error from rpc_error
+                    raise
             time.sleep(wait_s)
+
+    def _call_once(
+        self, method: Method[RequestT, ResponseT], request: RequestT, timeout_s: float | None
+    ) -> ResponseT:
+        call = self._channel.unary_unary(method.path, method.serialize, method.deserialize)
+        try:
+            return call(request, timeout=timeout_s)
+        except grpc.RpcError as rpc_error:
+            raise error_of(rpc_error) from rpc_error

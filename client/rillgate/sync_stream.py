@@ -1,6 +1,7 @@
 """A stream of chunks for ordinary, threaded code.
 
-Owns one call and what was received of it. Knows nothing of how a call is opened.
+Owns the call under way and what waits to be given. Knows nothing of how a call is opened; what
+follows after a break is `_resume`'s.
 """
 
 import threading
@@ -11,9 +12,9 @@ from typing import Protocol, Self
 
 import grpc
 
-from rillgate._accumulate import Accumulator
-from rillgate._status import RetryState, error_of
-from rillgate.errors import ProtocolError
+from rillgate._resume import StreamSession
+from rillgate._status import error_of
+from rillgate.errors import ProtocolError, RillgateError
 from rillgate.types import Chunk, Continuation, Generation, Started, TokenLogprobs
 from rillgate_proto.v1 import inference_pb2
 
@@ -29,24 +30,24 @@ class _Call(Protocol):
 class GenerationStream:
     """An answer as it comes: iterate it, at best in a `with` block, whose end closes it.
 
-    Owns the call, the chunks received but not yet given, and the sum so far. Iterate it from one
-    thread; `close` may come from any.
+    Owns the call, the chunks received but not yet given, and the sum so far. A connection that
+    breaks is a pause: the stream goes on by itself unless its client was made with `resume=False`.
+    Iterate it from one thread; `close` may come from any.
     """
 
     def __init__(
         self,
-        open_call: Callable[[float | None], _Call],
-        accumulator: Accumulator,
-        retry: RetryState,
+        open_call: Callable[[inference_pb2.GenerateRequest, float | None], _Call],
+        session: StreamSession,
     ) -> None:
-        """Begin the call; `open_call` takes the seconds that are left."""
+        """Begin the call; `open_call` takes the request and the seconds that are left."""
         self._open_call = open_call
-        self._accumulator = accumulator
-        self._retry = retry
+        self._session = session
+        self._accumulator = session.accumulator
         self._closed = threading.Event()
         self._chunks: deque[Chunk] = deque()
-        self._call = open_call(retry.remaining_s())
-        self._messages = iter(self._call)
+        self._closing_error: RillgateError | None = None
+        self._begin_call()
 
     def __repr__(self) -> str:
         """Show what was received."""
@@ -76,7 +77,7 @@ class GenerationStream:
             if message is None:
                 raise StopIteration
             try:
-                self._chunks.extend(self._accumulator.push(message))
+                self._chunks.extend(self._session.push(message))
             except ProtocolError:
                 self.close()
                 raise
@@ -92,6 +93,11 @@ class GenerationStream:
         """Give the prompt's log-probabilities, as far as they came."""
         return self._accumulator.prompt_logprobs
 
+    @property
+    def num_resumes(self) -> int:
+        """Say how often this stream went on after a break."""
+        return self._accumulator.num_resumes
+
     def continuation(self) -> Continuation | None:
         """Give what it takes to go on from here with another stream; None before `started`."""
         return self._accumulator.continuation()
@@ -102,10 +108,19 @@ class GenerationStream:
             pass
         return self._accumulator.generation()
 
-    def close(self) -> None:
-        """Cancel what is left; the server frees it. Harmless when there is nothing left."""
+    def close(self, error: RillgateError | None = None) -> None:
+        """Cancel what is left; the server frees it. Harmless when there is nothing left.
+
+        `error`: what a thread that waits for a chunk gets; None: the stream's plain end.
+        """
+        if not self._closed.is_set():
+            self._closing_error = error
         self._closed.set()
         self._call.cancel()
+
+    def _begin_call(self) -> None:
+        self._call = self._open_call(self._session.next_request(), self._session.remaining_s())
+        self._messages = iter(self._call)
 
     def _receive(self) -> inference_pb2.GenerateResponse | None:
         """Wait for a message, calling again where that can pay; None at the end."""
@@ -113,21 +128,37 @@ class GenerationStream:
             try:
                 return next(self._messages)
             except StopIteration:
-                self._accumulator.generation()  # raises unless every choice has ended
                 self._closed.set()
+                self._accumulator.generation()  # raises unless every choice has ended
                 return None
             except grpc.RpcError as rpc_error:
                 if self._closed.is_set():
-                    return None
+                    break
                 error = error_of(rpc_error)
-                has_begun = self._accumulator.started is not None
-                wait_s = None if has_begun else self._retry.wait_before_retry_s(error)
+                if self._session.is_over(error):
+                    self._closed.set()
+                    return None
+                wait_s = self._session.wait_before_next_s(error)
                 if wait_s is None:
                     self._closed.set()
                     raise error from rpc_error
             if not self._closed.wait(wait_s):
-                self._call = self._open_call(self._retry.remaining_s())
-                self._messages = iter(self._call)
-                if self._closed.is_set():  # meanwhile: `close` cancelled the call before this one
-                    self._call.cancel()
+                self._call_again()
+        self._raise_closing_error()
         return None
+
+    def _call_again(self) -> None:
+        try:
+            self._begin_call()
+        except ValueError:  # gRPC's refusal to call on a channel that was closed meanwhile
+            if not self._closed.is_set():
+                raise
+            return
+        if self._closed.is_set():  # meanwhile: `close` cancelled the call before this one
+            self._call.cancel()
+
+    def _raise_closing_error(self) -> None:
+        """Raise once what `close` was given."""
+        error, self._closing_error = self._closing_error, None
+        if error is not None:
+            raise error

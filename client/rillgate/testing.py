@@ -7,6 +7,11 @@ It speaks the real protocol over real gRPC, on a free port of this machine, in t
         assert client.generate("What is 6 times 7?").text == "42"
         assert server.requests[0].prompt == "What is 6 times 7?"
 
+A continuation goes on with the reply that it was begun with here, unless another is queued:
+
+    server.reply(FakeReply("twelve", fail_after=3))
+    assert client.stream("p").collect().num_resumes == 1
+
 Owns the replies to give and the requests received. Has no model: a token is one byte of the reply's
 UTF-8 (reasoning first), so a client sees half characters as from a real one. Without a reply to
 give it repeats the prompt. Log-probabilities are not faked.
@@ -16,85 +21,25 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NoReturn, Self
 
 import grpc
 
-from rillgate._fake_wire import (
-    MAX_CONTEXT_TOKENS,
-    MODEL_VERSION,
-    encode_details,
-    handlers,
-    status_response,
+from rillgate._fake_replies import FakeError as FakeError
+from rillgate._fake_replies import FakeReply as FakeReply
+from rillgate._fake_replies import FakeRequest as FakeRequest
+from rillgate._fake_replies import (
+    finished_message,
+    num_prompt_tokens,
+    output_message,
+    reply_tokens,
+    started_message,
+    to_request,
 )
-from rillgate.errors import FieldViolation
-from rillgate.types import ChatMessage, FinishReason, Priority
+from rillgate._fake_wire import encode_details, handlers, status_response
 from rillgate_proto.v1 import control_pb2
 from rillgate_proto.v1 import inference_pb2 as pb
-
-_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
-    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
-}
-
-_PRIORITIES: dict[int, str] = {
-    pb.PRIORITY_HIGH: Priority.HIGH.value,
-    pb.PRIORITY_NORMAL: Priority.NORMAL.value,
-    pb.PRIORITY_LOW: Priority.LOW.value,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class FakeError:
-    """How a call fails."""
-
-    code: str
-    """Name of a gRPC status: `UNAVAILABLE`, `INVALID_ARGUMENT`, …"""
-    message: str = "as the test asked"
-    retry_after_s: float | None = None
-    violations: tuple[FieldViolation, ...] = ()
-    request_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class FakeReply:
-    """One answer."""
-
-    text: str
-    reasoning_text: str = ""
-    finish_reason: FinishReason = FinishReason.STOP
-    stop_string: str = ""
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
-    hold_after: int | None = None
-    """Says nothing more after so many tokens, until `release()` or the caller goes away."""
-    fail_after: int | None = None
-    """Breaks with `error` after so many tokens."""
-    error: FakeError = field(default_factory=lambda: FakeError("UNAVAILABLE"))
-    first_token_delay_s: float = 0.0
-    token_interval_s: float = 0.0
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Give the tokens that this reply is sent as."""
-        return tuple((self.reasoning_text + self.text).encode())
-
-
-@dataclass(frozen=True, slots=True)
-class FakeRequest:
-    """What a caller asked: `prompt`, `messages` or `token_ids`, and the fields that were set."""
-
-    prompt: str | None
-    messages: tuple[ChatMessage, ...]
-    token_ids: tuple[int, ...]
-    options: dict[str, object]
-    """By the names of GenerateOptions; texts, numbers, tuples and dicts."""
-    timeout_s: float | None
-    """What was left of the caller's deadline."""
 
 
 class FakeServer:
@@ -106,16 +51,20 @@ class FakeServer:
         port: int = 0,
         num_threads: int = 64,
         tokens_per_message: int = 1,
+        token_interval_s: float = 0.0,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         """Make a server, which starts with the `with` block; one thread per open stream.
 
-        `port`: 0 takes a free one. `credentials`: speak TLS, as grpc.ssl_server_credentials says.
+        `port`: 0 takes a free one. `token_interval_s`: of answers that repeat the prompt.
+        `credentials`: speak TLS, as grpc.ssl_server_credentials says.
         """
         self.requests: list[FakeRequest] = []
         self.drains: list[control_pb2.DrainRequest] = []
         self._tokens_per_message = tokens_per_message
+        self._token_interval_s = token_interval_s
         self._replies: deque[FakeReply | FakeError] = deque()
+        self._begun: dict[str, FakeReply] = {}  # request id -> what it was answered with
         self._changed = threading.Condition()  # guards what follows, and the queue
         self._num_open = 0
         self._num_prompt_tokens = 0
@@ -147,8 +96,9 @@ class FakeServer:
         traceback: TracebackType | None,
     ) -> None:
         """Break what is open, and stop."""
+        stopped = self._server.stop(grace=None)
         self.release()
-        self._server.stop(grace=None).wait()
+        stopped.wait()
 
     def reply(self, *replies: FakeReply | FakeError) -> None:
         """Queue answers for the next requests, one each."""
@@ -180,29 +130,37 @@ class FakeServer:
 
     # -- what the handlers call -------------------------------------------------------------------
 
-    def take_reply(self, request: FakeRequest) -> FakeReply | FakeError:
+    def _take_reply(self, request: FakeRequest, begun_request_id: str) -> FakeReply | FakeError:
         """Record a request and choose its answer."""
         with self._changed:
             self.requests.append(request)
             self._num_prompt_tokens += num_prompt_tokens(request)
+            reply: FakeReply | FakeError
             if self._replies:
-                return self._replies.popleft()
-        if request.messages:
-            return FakeReply(request.messages[-1].content)
-        return FakeReply(request.prompt if request.prompt is not None else "ids")
+                reply = self._replies.popleft()
+            elif begun_request_id in self._begun:
+                reply = self._begun[begun_request_id]
+            else:
+                last = request.messages[-1].content if request.messages else request.prompt
+                text = last if last is not None else "ids"
+                reply = FakeReply(text, token_interval_s=self._token_interval_s)
+            if isinstance(reply, FakeReply):
+                self._begun[reply.request_id] = reply
+            return reply
 
     def answer(
         self, message: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         """Stream the answer to one request."""
-        request = _to_request(message, context.time_remaining())
-        reply = self.take_reply(request)
+        request = to_request(message, context.time_remaining())
+        reply = self._take_reply(request, message.continuation.request_id)
         if isinstance(reply, FakeError):
             fail(context, reply)
+        begun = started_message(message, request, reply)
         self._count_open(1)
         context.add_callback(self._wake)
         try:
-            yield from self._stream(message, request, reply, context)
+            yield from self._stream(message, request, reply, begun, context)
         finally:
             self._count_open(-1)
 
@@ -211,41 +169,47 @@ class FakeServer:
         message: pb.GenerateRequest,
         request: FakeRequest,
         reply: FakeReply,
+        started: pb.Started,
         context: grpc.ServicerContext,
     ) -> Iterator[pb.GenerateResponse]:
-        response = pb.GenerateResponse(started=_started(message, request, reply))
-        token_ids, reason = _tokens(message, reply)
-        given = {choice.index: len(choice.token_ids) for choice in message.continuation.choices}
-        done = {c.index for c in message.continuation.choices if c.finish_reason}
-        indices = [i for i in range(message.sampling.n or 1) if i not in done]
-        begin = min((given.get(index, 0) for index in indices), default=0)
+        response = pb.GenerateResponse(started=started)
+        token_ids, reason = reply_tokens(message, reply)
+        given = {choice.index: choice for choice in message.continuation.choices}
+        given_lens = {index: len(choice.token_ids) for index, choice in given.items()}
+        all_indices = range(message.sampling.n or 1)
+        indices = [i for i in all_indices if i not in given or not given[i].finish_reason]
+        begin = min((given_lens.get(index, 0) for index in indices), default=len(token_ids))
+        for index in set(all_indices) - set(indices):
+            end = given_lens[index], given[index].finish_reason
+            response.finished.append(finished_message(index, request, reply, end))
         if not self._pause(reply.first_token_delay_s, context):
             return
-        if begin == 0 and not self._go_on(reply, 0, context):
+        if begin == 0 and not self._go_on(reply, -1, 0, context):
             return
         for position in range(begin, len(token_ids), self._tokens_per_message):
-            end = min(position + self._tokens_per_message, len(token_ids))
+            end_position = min(position + self._tokens_per_message, len(token_ids))
             for index in indices:
-                first = max(position, given.get(index, 0))
-                if first < end:
-                    response.outputs.append(_output(index, token_ids, (first, end), reply))
+                span = max(position, given_lens.get(index, 0)), end_position
+                if span[0] < span[1]:
+                    response.outputs.append(output_message(index, token_ids, span, reply))
             yield response
             response = pb.GenerateResponse()
-            if not self._go_on(reply, end, context):
+            if not self._go_on(reply, position, end_position, context):
                 return
-            if not self._pause(reply.token_interval_s * (end - position), context):
+            if not self._pause(reply.token_interval_s * (end_position - position), context):
                 return
         for index in indices:
-            usage = _usage(request, reply, len(token_ids))
-            stop_string = reply.stop_string if reason == pb.FINISH_REASON_STOP_STRING else ""
-            response.finished.add(
-                choice_index=index, reason=reason, stop_string=stop_string, usage=usage
-            )
+            end = len(token_ids), reason
+            response.finished.append(finished_message(index, request, reply, end))
         yield response
+        if indices and reply.fail_after is not None and reply.fail_after > len(token_ids):
+            fail(context, reply.error)
 
-    def _go_on(self, reply: FakeReply, num_sent: int, context: grpc.ServicerContext) -> bool:
+    def _go_on(
+        self, reply: FakeReply, num_before: int, num_sent: int, context: grpc.ServicerContext
+    ) -> bool:
         """Fail or hold as the reply says; False when the caller is gone."""
-        if reply.fail_after is not None and num_sent >= reply.fail_after:
+        if reply.fail_after is not None and num_before < reply.fail_after <= num_sent:
             fail(context, reply.error)
         if reply.hold_after is not None and num_sent == reply.hold_after:
             with self._changed:
@@ -310,83 +274,3 @@ def fail(context: grpc.ServicerContext, error: FakeError) -> NoReturn:
     )
     context.set_trailing_metadata((("grpc-status-details-bin", details),))
     context.abort(code, error.message)
-
-
-def num_prompt_tokens(request: FakeRequest) -> int:
-    """Count the prompt's tokens: its ids, or the bytes of its texts."""
-    if request.token_ids:
-        return len(request.token_ids)
-    texts = [request.prompt or "", *(message.content for message in request.messages)]
-    return sum(len(text.encode()) for text in texts)
-
-
-def _to_request(message: pb.GenerateRequest, timeout_s: float | None) -> FakeRequest:
-    options: dict[str, object] = {"model": message.model} if message.model else {}
-    if message.priority:
-        options["priority"] = _PRIORITIES[message.priority]
-    for group in (message.sampling, message.stopping, message.response):
-        for descriptor, value in group.ListFields():
-            name = "stop" if descriptor.name == "stop_strings" else descriptor.name
-            if name == "logit_bias":
-                options[name] = dict(value)
-            else:
-                options[name] = value if isinstance(value, (int, float)) else tuple(value)
-    return FakeRequest(
-        prompt=message.prompt if message.WhichOneof("input") == "prompt" else None,
-        messages=tuple(ChatMessage(m.role, m.content) for m in message.chat.messages),
-        token_ids=tuple(message.token_ids.ids),
-        options=options,
-        # Without a deadline gRPC says 2^63 s.
-        timeout_s=timeout_s if timeout_s is not None and timeout_s < 1e9 else None,
-    )
-
-
-def _tokens(message: pb.GenerateRequest, reply: FakeReply) -> tuple[bytes, pb.FinishReason]:
-    """Cut the reply at max_tokens; repeat it up to there where no end may come before."""
-    token_ids = bytes(reply.token_ids)
-    max_tokens = message.stopping.max_tokens or MAX_CONTEXT_TOKENS
-    if message.stopping.ignore_eos and token_ids:
-        token_ids *= 1 + max_tokens // len(token_ids)
-    if len(token_ids) > max_tokens or message.stopping.ignore_eos:
-        return token_ids[:max_tokens], pb.FINISH_REASON_LENGTH
-    return token_ids, _REASONS[reply.finish_reason]
-
-
-def _output(index: int, token_ids: bytes, span: tuple[int, int], reply: FakeReply) -> pb.Output:
-    """Send the tokens of a span, with the text that is whole by its end and was not before."""
-    first, end = span
-    num_reasoning = len(reply.reasoning_text.encode())
-    answer_first, answer_end = max(0, first - num_reasoning), max(0, end - num_reasoning)
-    return pb.Output(
-        choice_index=index,
-        token_offset=first,
-        token_ids=token_ids[first:end],
-        reasoning_text=_new_text(token_ids[:num_reasoning], first, end),
-        text=_new_text(token_ids[num_reasoning:], answer_first, answer_end),
-    )
-
-
-def _new_text(text: bytes, first: int, end: int) -> str:
-    before = text[:first].decode("utf-8", "ignore")
-    return text[:end].decode("utf-8", "ignore")[len(before) :]
-
-
-def _started(message: pb.GenerateRequest, request: FakeRequest, reply: FakeReply) -> pb.Started:
-    return pb.Started(
-        request_id="fake-request",
-        model_version=MODEL_VERSION,
-        seed=message.sampling.seed if message.sampling.HasField("seed") else 1,
-        num_prompt_tokens=num_prompt_tokens(request),
-        num_cached_tokens=reply.num_cached_tokens,
-        prompt_digest=bytes(16),
-        resumed=message.HasField("continuation"),
-    )
-
-
-def _usage(request: FakeRequest, reply: FakeReply, num_tokens: int) -> pb.Usage:
-    return pb.Usage(
-        prompt_tokens=num_prompt_tokens(request),
-        completion_tokens=num_tokens,
-        cached_tokens=reply.num_cached_tokens,
-        num_preemptions=reply.num_preemptions,
-    )

@@ -66,6 +66,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     """Generated since the original start, the ending one included."""
+    # Where a stream was resumed, what follows speaks of its last part.
     cached_tokens: int
     """Prompt tokens that came from the server's prefix cache."""
     num_preemptions: int
@@ -167,6 +168,8 @@ class Generation:
     """By index; with a continuation, those that were not finished before."""
     prompt_logprobs: tuple[TokenLogprobs, ...]
     """When asked for; the first token has none."""
+    num_resumes: int = 0
+    """Times that the client went on after a break."""
 
     @property
     def text(self) -> str:

@@ -12,6 +12,7 @@ from rillgate.errors import (
     DeadlineExceededError,
     InvalidRequestError,
     ProtocolError,
+    ServerFailureError,
     UnavailableError,
 )
 from rillgate.testing import FakeError, FakeReply, FakeServer
@@ -290,10 +291,11 @@ def test_a_broken_stream_can_be_continued_with_every_token_once(
     server: FakeServer, client: Client
 ) -> None:
     """`continuation()` after an error, given to a new stream, brings exactly the rest."""
-    server.reply(FakeReply("4ü2", reasoning_text="6 × 7", fail_after=7), _REPLY)
+    error = FakeError("INTERNAL", "a fault", request_id="req-1")
+    server.reply(FakeReply("4ü2", reasoning_text="6 × 7", fail_after=7, error=error))
     broken = client.stream("p", seed=5)
     received: list[Chunk] = []
-    with pytest.raises(UnavailableError):
+    with pytest.raises(ServerFailureError):
         received.extend(broken)  # keeps what came before the error
     continuation = broken.continuation()
     assert continuation is not None
@@ -311,7 +313,10 @@ def test_a_server_that_falls_silent_is_noticed_by_keepalive(server: FakeServer) 
     """No deadline is needed: an unanswered ping breaks the stream, which can be continued."""
     server.reply(FakeReply("abc", hold_after=1))
     config = ClientConfig(keepalive_time_s=1, keepalive_timeout_s=1)
-    with SilentProxy(server.target) as proxy, Client(proxy.target, config) as client:
+    with (
+        SilentProxy(server.target) as proxy,
+        Client(proxy.target, config, resume=False) as client,
+    ):
         stream = client.stream("p")
         assert next(stream).token_ids == (97,)
         proxy.fall_silent()

@@ -74,21 +74,24 @@ def test_a_wait_beyond_the_deadline_is_not_begun(server: FakeServer, client: Cli
     assert len(server.requests) == 1
 
 
-def test_nothing_is_sent_again_once_something_was_received(
-    server: FakeServer, client: Client
+def test_without_resuming_nothing_is_sent_again_once_something_was_received(
+    server: FakeServer,
 ) -> None:
     """A stream that breaks in its middle raises: the caller decides how to go on."""
     error = FakeError("UNAVAILABLE", "gone", retry_after_s=0.001)
     server.reply(FakeReply("abc", fail_after=1, error=error))
-    with pytest.raises(UnavailableError, match="gone"):
+    with (
+        Client(server.target, resume=False) as client,
+        pytest.raises(UnavailableError, match="gone"),
+    ):
         client.stream("p").collect()
     assert len(server.requests) == 1
 
 
-async def test_an_awaited_stream_that_broke_is_not_sent_again_either(
+async def test_a_stream_that_the_server_failed_is_not_sent_again(
     server: FakeServer, async_client: AsyncClient
 ) -> None:
-    """The same, awaited; a failure of the server keeps its kind."""
+    """A fault that the server owns up to would come again: it keeps its kind."""
     error = FakeError("INTERNAL", "internal error", request_id="req-9")
     server.reply(FakeReply("abc", fail_after=1, error=error))
     with pytest.raises(ServerFailureError) as caught:
