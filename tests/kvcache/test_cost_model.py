@@ -283,6 +283,20 @@ def test_a_first_load_is_predicted_from_stores() -> None:
     assert unstored.store_s(1 << 21) == 0.0
 
 
+def test_the_longest_step_is_predicted_once_both_kinds_were_measured() -> None:
+    """Until then it is 0: who waits for a step must not take a guess for a limit."""
+    model, costs, draw = CostModel(), TrueCosts(), random.Random(1)
+    longest = StepWork(2048, 2048 * 4096, 64, 64 * 4096)
+    for _ in range(50):
+        work = prefill(draw.randrange(2000), draw.randint(1, 500))
+        model.step_done(work, costs.of(work))
+    assert model.step_s(longest) == 0.0
+    for _ in range(50):
+        work = decode(*(draw.randrange(4000) for _ in range(draw.randint(1, 64))))
+        model.step_done(work, costs.of(work))
+    assert model.step_s(longest) == pytest.approx(costs.of(longest), rel=0.1)
+
+
 @pytest.mark.parametrize("factor", [0.05, 0.3, 1.8, 3.0, 20.0])
 @pytest.mark.parametrize("num_sizes", [1, 32])
 def test_a_throttled_copy_shows_within_twenty(factor: float, num_sizes: int) -> None:

@@ -90,13 +90,13 @@ class ScriptedEngine:
         self.watch_ids.remove(watch_id)
         self._changed.set()
 
-    def drain(self) -> None:
+    def drain(self, *, undo: bool = False) -> None:
         """Record it."""
-        self.is_draining = True
+        self.is_draining = not undo
 
     def load(self) -> EngineLoad:
         """Count what is here."""
-        return EngineLoad(num_running=len(self.requests), is_draining=self.is_draining)
+        return EngineLoad(num_running=len(self.requests))
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for a command after which `condition` holds."""

@@ -63,6 +63,7 @@ class Setup:
 
 
 if TYPE_CHECKING:  # only the stubs know the type parameters
+    WatchCall = grpc.aio.UnaryStreamCall[engine_pb2.WatchRequest, engine_pb2.ReplicaEvent]
     RunCall = grpc.aio.StreamStreamCall[engine_pb2.EngineCommand, engine_pb2.EngineEvent]
 
 
@@ -288,6 +289,55 @@ async def test_watch_says_welcome_then_load_idle_or_not(socket: Path) -> None:
         assert first.welcome.replica_id == WELCOME.replica_id
         for _ in range(3):
             assert (await asyncio.wait_for(watch.read(), DEADLINE_S)).HasField("load")
+        watch.cancel()
+
+
+async def next_load(watch: "WatchCall") -> engine_pb2.Load:
+    """Read on to the next Load."""
+    async with asyncio.timeout(DEADLINE_S):
+        async for event in watch:
+            if event.HasField("load"):
+                return event.load
+    raise AssertionError("the Watch ended")
+
+
+async def test_a_drain_shows_in_the_next_load_at_once_and_can_be_undone(socket: Path) -> None:
+    """Not with the engine's next step, nor with the next Load's turn; streams go on."""
+    async with started(socket, load_interval_s=1000.0) as setup:
+        watch = setup.stub.Watch(engine_pb2.WatchRequest())
+        assert (await next_load(watch)).state == engine_pb2.ENGINE_STATE_READY
+        run = setup.stub.Run()
+        request_id = await setup.submit(run, 1)
+        answer = await setup.stub.Drain(engine_pb2.EngineDrainRequest())
+        assert (answer.num_open_requests, setup.engine.is_draining) == (1, True)
+        assert (await next_load(watch)).state == engine_pb2.ENGINE_STATE_DRAINING
+        setup.service.on_event(StepOutput(1, tokens=(tokens(request_id, 0, 5),)))
+        assert (await read(run)).step_output.token_ids == [5]
+        await setup.stub.Drain(engine_pb2.EngineDrainRequest(undo=True))
+        assert not setup.engine.is_draining
+        assert (await next_load(watch)).state == engine_pb2.ENGINE_STATE_READY
+        run.cancel()
+        watch.cancel()
+
+
+async def test_a_replica_that_ends_takes_no_requests_on_again(socket: Path) -> None:
+    """The process is going; an undo says so instead of promising."""
+    async with started(socket) as setup:
+        await setup.stub.Drain(engine_pb2.EngineDrainRequest())
+        await setup.stub.Drain(engine_pb2.EngineDrainRequest(undo=True))
+        setup.service.drain()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await setup.stub.Drain(engine_pb2.EngineDrainRequest(undo=True))
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert setup.engine.is_draining
+
+
+async def test_a_load_says_how_much_of_the_machine_is_free(socket: Path) -> None:
+    """Between 0 and 1, measured from one Load to the next."""
+    async with started(socket, load_interval_s=0.11) as setup:
+        watch = setup.stub.Watch(engine_pb2.WatchRequest())
+        shares = [(await next_load(watch)).free_cpu_fraction for _ in range(4)]
+        assert all(0.0 <= share <= 1.0 for share in shares)
         watch.cancel()
 
 

@@ -158,6 +158,9 @@ def test_a_draining_scheduler_refuses_and_finishes_what_it_has() -> None:
     assert driver.scheduler.load(0.0).is_draining
     driver.run()
     driver.check_answers()
+    driver.scheduler.drain(undo=True)
+    assert driver.submit(make_request(4)) is None
+    assert not driver.scheduler.load(0.0).is_draining
 
 
 # -- deadlines ----------------------------------------------------------------------------------

@@ -320,3 +320,17 @@ def test_the_model_is_not_a_constant() -> None:
     sampling = SamplingParams(seed=1, temperature=0.0)
     drawn = {MODEL.next_token([7, i], 2, sampling, 0) for i in range(50)}
     assert len(drawn) > 25
+
+
+def test_the_load_says_what_share_of_the_device_no_request_uses() -> None:
+    """Cached blocks count as free: they are given up for whoever comes."""
+    driver = Driver(Limits(num_blocks=8))
+    driver.submit(make_request(1, prompt=range(10, 22), max_tokens=2))
+    driver.step()
+    load = driver.scheduler.load(driver.clock.now())
+    assert load.device.num_blocks_used == 4
+    assert load.free_device_fraction == 0.5
+    driver.run()
+    load = driver.scheduler.load(driver.clock.now())
+    assert load.device.num_blocks_cached == 3
+    assert load.free_device_fraction == 1.0

@@ -44,7 +44,7 @@ class _Abort:
 
 @dataclass(frozen=True, slots=True)
 class _Drain:
-    pass
+    undo: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +152,12 @@ class EngineLoop:
         """Send no more deltas once nobody watches."""
         self._commands.put(_WatchBlocks(watch_id, is_on=False))
 
-    def drain(self) -> None:
-        """Refuse new requests; `wait_idle` tells when the accepted ones are done."""
-        self._commands.put(_Drain())
+    def drain(self, *, undo: bool = False) -> None:
+        """Refuse new requests, or take them on again.
+
+        `wait_idle` tells when the accepted ones are done.
+        """
+        self._commands.put(_Drain(undo))
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no request is left and no copy under way; return whether that was in time."""
@@ -225,7 +228,7 @@ class EngineLoop:
             case _Abort():
                 self._engine.scheduler.abort(command.request_id, command.choice_indices)
             case _Drain():
-                self._engine.scheduler.drain()
+                self._engine.scheduler.drain(undo=command.undo)
             case _Flush():
                 if command.flushed.set_running_or_notify_cancel():
                     command.flushed.set_result(self._engine.scheduler.flush_cache())

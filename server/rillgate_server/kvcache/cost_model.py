@@ -87,7 +87,7 @@ class CostModel:
         tokens, rows = work.num_prefill_tokens, work.num_decode_rows
         if seconds <= 0.0 or not (tokens or rows):
             return
-        sizes = (tokens, work.num_prefill_context, 1, rows, work.num_decode_context)
+        sizes = _sizes(work)
         if tokens:
             if self._steps.add(0, sizes, seconds):
                 self._note_chunk(tokens, work.num_prefill_context)
@@ -133,6 +133,12 @@ class CostModel:
         costs = self._steps.costs
         rows_s = costs[_DECODE_ROW] * num_rows
         return costs[_STEP] + rows_s + costs[_DECODE_CONTEXT] * num_context
+
+    def step_s(self, work: StepWork) -> float:
+        """Predict the seconds of one step; 0 until steps with prefill and without were measured."""
+        if self._num_prefills < MIN_PREFILLS or self._decode_step_s == 0.0:
+            return 0.0
+        return float(sum(map(mul, self._steps.costs, _sizes(work))))
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -226,6 +232,17 @@ class _Fit:
                 if row[i] > 0.0:
                     explained = sum(map(mul, row, costs))  # ends before the row's seconds
                     costs[i] = max(0.0, costs[i] + (row[-1] - explained) / row[i])
+
+
+def _sizes(work: StepWork) -> tuple[int, ...]:
+    """List what each cost is multiplied by, in the costs' order."""
+    return (
+        work.num_prefill_tokens,
+        work.num_prefill_context,
+        1,
+        work.num_decode_rows,
+        work.num_decode_context,
+    )
 
 
 def _copy_s(fit: _Fit, num_bytes: int) -> float:

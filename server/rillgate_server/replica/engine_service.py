@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
@@ -26,6 +26,7 @@ from rillgate_server.core.request import Rejection, RejectReason, Request, Reque
 from rillgate_server.core.step import StepOutput
 from rillgate_server.core.welcome import Welcome
 from rillgate_server.engine.engine_loop import EngineEvent
+from rillgate_server.replica.cpu_meter import CpuMeter
 from rillgate_server.replica.intake import to_request
 from rillgate_server.replica.run_stream import MAX_BUFFERED_TOKENS, OpenRequest, RunStream
 from rillgate_server.replica.watch_stream import MAX_PENDING_HASHES, WatchStream
@@ -41,6 +42,9 @@ if TYPE_CHECKING:  # only the stubs know the type parameters
     _RunContext = grpc.aio.ServicerContext[engine_pb2.EngineCommand, engine_pb2.EngineEvent]
     _FlushContext = grpc.aio.ServicerContext[
         engine_pb2.EngineFlushCacheRequest, engine_pb2.EngineFlushCacheResponse
+    ]
+    _DrainContext = grpc.aio.ServicerContext[
+        engine_pb2.EngineDrainRequest, engine_pb2.EngineDrainResponse
     ]
     _WatchContext = grpc.aio.ServicerContext[engine_pb2.WatchRequest, engine_pb2.ReplicaEvent]
 
@@ -87,8 +91,8 @@ class EngineHandle(Protocol):
         """Send no more deltas once nobody watches."""
         ...
 
-    def drain(self) -> None:
-        """Take no more requests on."""
+    def drain(self, *, undo: bool = False) -> None:
+        """Take no more requests on, or take them on again."""
         ...
 
     def load(self) -> EngineLoad:
@@ -121,7 +125,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._streams: set[RunStream] = set()
         self._watch_ids = itertools.count(1)
         self._watches: dict[int, WatchStream] = {}  # watch id -> open Watch
+        self._cpu = CpuMeter(clock)
         self._is_draining = False
+        self._is_ending = False  # draining for good
         self._all_done = asyncio.Event()
         self._closing = asyncio.Event()
 
@@ -328,21 +334,49 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             now = self._clock.now()
             if now >= load_due_s:  # in the middle of a long snapshot too
                 load_due_s = now + self._limits.load_interval_s
-                await context.write(load_event(self._running_engine.load()))
+                await context.write(load_event(self._load()))
                 continue
             event = await watch.take(load_due_s - now)
-            if event is not None:
+            if event is None:
+                load_due_s = self._clock.now()  # it is time, or there is news
+            else:
                 await context.write(blocks_event(event))
 
+    def _load(self) -> EngineLoad:
+        """Return the engine's load, and what this side knows of it sooner or alone."""
+        return replace(
+            self._running_engine.load(),
+            is_draining=self._is_draining,  # the engine hears of it after the step under way
+            free_cpu_fraction=self._cpu.free_fraction(),
+        )
+
+    async def Drain(
+        self, request: engine_pb2.EngineDrainRequest, context: "_DrainContext"
+    ) -> engine_pb2.EngineDrainResponse:
+        """Take no more requests on, or take them on again; answer at once, with what runs."""
+        if request.undo and self._is_ending:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the replica ends, with {len(self._open)} open requests; that cannot be undone",
+            )
+        self._set_draining(not request.undo)
+        return engine_pb2.EngineDrainResponse(num_open_requests=len(self._open))
+
     def drain(self) -> None:
-        """Refuse new requests from now on; those that run go on."""
-        self._is_draining = True
-        self._running_engine.drain()
+        """Refuse new requests for good; those that run go on, or their gateways move them."""
+        self._is_ending = True
+        self._set_draining(True)
         self._note_if_done()
 
+    def _set_draining(self, is_draining: bool) -> None:
+        self._is_draining = is_draining
+        self._running_engine.drain(undo=not is_draining)
+        for watch in self._watches.values():
+            watch.wake()  # gateways hear of it at once
+
     async def wait_done(self) -> None:
-        """Wait until a draining service has no open request and nothing left to write."""
-        assert self._is_draining
+        """Wait until a service that drains for good has no open request and nothing to write."""
+        assert self._is_ending
         await self._all_done.wait()
 
     def close(self) -> None:
@@ -352,5 +386,5 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             watch.wake()
 
     def _note_if_done(self) -> None:
-        if self._is_draining and not self._open and all(it.is_flushed for it in self._streams):
+        if self._is_ending and not self._open and all(it.is_flushed for it in self._streams):
             self._all_done.set()

@@ -25,7 +25,7 @@ from rillgate_server.core.request import Rejection, RejectReason, Request
 from rillgate_server.core.step import StepOutput, StepPlan, StepResult
 from rillgate_server.errors import EngineFailure
 from rillgate_server.kvcache.block_table import BlockTable
-from rillgate_server.kvcache.cost_model import CostModel
+from rillgate_server.kvcache.cost_model import CostModel, StepWork
 from rillgate_server.kvcache.manager import KVCacheManager
 from rillgate_server.kvcache.tier_plan import CachePolicy
 from rillgate_server.scheduler.admission import Admission
@@ -68,6 +68,7 @@ class Scheduler:
         )
         self._requests = RequestTable(self._queue, self._batch, self._admission)
         self._former = PlanFormer(batcher, self._batch, self._queue)
+        self._longest_step = _longest_step(batcher, spec, sizes, cache.block_size_tokens)
         self._num_pageable_host_blocks = sizes.num_pageable_host_blocks
         self._open: OpenPlan | None = None
         self._progress_s = 0.0
@@ -151,9 +152,9 @@ class Scheduler:
         """Return what has come into the cache or left it since the last call."""
         return self._cache.index.take_changes()
 
-    def drain(self) -> None:
-        """Refuse new requests; those that were accepted run to their end."""
-        self._admission.is_draining = True
+    def drain(self, *, undo: bool = False) -> None:
+        """Refuse new requests, or take them on again; accepted ones run to their end."""
+        self._admission.is_draining = not undo
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -274,6 +275,8 @@ class Scheduler:
             num_preemptions=self._batch.num_preemptions,
             num_cached_tokens=self._requests.num_cached_tokens,
             num_prompt_tokens=self._requests.num_prompt_tokens,
+            free_device_fraction=self._cache.pool.num_available / self._cache.pool.num_blocks,
+            longest_step_s=self._costs.step_s(self._longest_step),
         )
 
     def _batch_wait_s(self) -> float:
@@ -301,6 +304,19 @@ class Scheduler:
         planned = self._open.sequences if self._open else ()
         holders = self._batch.sequences + self._batch.closing
         assert {id(s) for s in holders if s.is_planned} == {id(s) for s in planned}
+
+
+def _longest_step(
+    batcher: BatcherConfig, spec: ModelSpec, sizes: CacheSizes, block_size_tokens: int
+) -> StepWork:
+    """Return more than any step computes: all of it at the longest contexts that fit."""
+    num_cached = sizes.num_device_blocks * block_size_tokens
+    return StepWork(
+        batcher.max_step_tokens,
+        batcher.max_step_tokens * spec.max_context_tokens,
+        batcher.max_running,
+        min(num_cached, batcher.max_running * spec.max_context_tokens),
+    )
 
 
 def _check_result(opened: OpenPlan, result: StepResult) -> None:
