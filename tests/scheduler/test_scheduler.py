@@ -325,7 +325,7 @@ def test_the_model_is_not_a_constant() -> None:
 def test_the_load_says_what_share_of_the_device_no_request_uses() -> None:
     """Cached blocks count as free: they are given up for whoever comes."""
     driver = Driver(Limits(num_blocks=8))
-    driver.submit(make_request(1, prompt=range(10, 22), max_tokens=2))
+    driver.submit(make_request(1, prompt=range(10, 23), max_tokens=2))
     driver.step()
     load = driver.scheduler.load(driver.clock.now())
     assert load.device.num_blocks_used == 4
