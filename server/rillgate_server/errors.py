@@ -122,6 +122,15 @@ class NoReplica(RillgateError):
         super().__init__(message)
 
 
+class StreamLost(NoReplica):
+    """A stream's replica was lost, and no other one went on with it in time."""
+
+    def __init__(self, message: str, retry_after_s: float, continuation: dict[str, str]) -> None:
+        """Take, beside that, what a continuation needs to name (its tokens were sent)."""
+        self.continuation = continuation
+        super().__init__(message, retry_after_s)
+
+
 # -- our fault ------------------------------------------------------------------------------------
 
 

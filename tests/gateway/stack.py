@@ -210,8 +210,8 @@ async def running_stack(
 ) -> AsyncIterator[Stack]:
     """Serve while the block runs, and check at its end that no block is held."""
     async with running_replica(model, fail_rows, batcher) as replica:
-        address = f"unix:{replica.socket}"
-        gateway = Gateway(config, served or served_model(), address, SystemClock(), tenant_of)
+        config = replace(config, replica_addresses=(f"unix:{replica.socket}",))
+        gateway = Gateway(config, served or served_model(), SystemClock(), tenant_of)
         await gateway.start()
         try:
             await gateway.wait_ready(PATIENCE_S)

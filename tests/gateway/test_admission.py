@@ -28,13 +28,13 @@ from rillgate_server.gateway.inference import deadline_margin_s
 from rillgate_server.gateway.process import Gateway
 from rillgate_server.replica.engine_service import EngineService
 from tests.gateway.stack import (
-    GATEWAY,
     PATIENCE_S,
     generate,
     open_channel,
     request,
     running_stack,
     served_model,
+    with_config,
 )
 from tests.replica.engine_server import (
     WELCOME,
@@ -82,8 +82,8 @@ async def refusing(rejection: Rejection) -> AsyncIterator[tuple[str, RefusingEng
     service.attach(engine)
     with socket_directory() as folder:
         async with serving(service, folder / "replica.sock"):
-            address = f"unix:{folder / 'replica.sock'}"
-            gateway = Gateway(GATEWAY, served_model(), address, SystemClock())
+            config = with_config(replica_addresses=(f"unix:{folder / 'replica.sock'}",))
+            gateway = Gateway(config, served_model(), SystemClock())
             await gateway.start()
             try:
                 await gateway.wait_ready(PATIENCE_S)

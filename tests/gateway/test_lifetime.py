@@ -249,23 +249,34 @@ async def test_a_caller_that_vanished_without_a_word_is_noticed_by_keepalive() -
 # -- a replica that dies --------------------------------------------------------------------------
 
 
-async def test_a_crash_of_the_replica_answers_every_stream_with_unavailable(stack: Stack) -> None:
-    """Within a second, with RetryInfo, after the tokens that had arrived."""
+async def test_without_time_to_wait_a_crash_answers_every_stream_with_unavailable() -> None:
+    """Within a second, with RetryInfo and what a continuation names, after the tokens that came."""
+    async with running_stack(with_config(failover_wait_s=0)) as stack:
+        await crash_under_streams(stack)
+
+
+async def crash_under_streams(stack: Stack) -> None:
+    """Crash under four started streams and check what each ends with."""
     stack.pace.hold()
     messages = [request(tokens=[i], stopping__max_tokens=LONG) for i in range(1, 5)]
     calls = [stack.inference.Generate(message) for message in messages]
-    for call in calls:
-        assert (await first_message(stack, call)).HasField("started")
+    started = [(await first_message(stack, call)).started for call in calls]
     loop = asyncio.get_running_loop()
     crashed_s = loop.time()
     await stack.replica.crash()
-    for call in calls:
+    for call, start in zip(calls, started, strict=True):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read(call)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         status = rpc_status.from_call(cast("Any", caught.value))
         assert status is not None
         assert any(it.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for it in status.details)
+        info = error_details_pb2.ErrorInfo()
+        assert any(it.Unpack(info) for it in status.details)
+        assert info.reason == "STREAM_LOST"
+        assert info.metadata["seed"] == str(start.seed)
+        assert info.metadata["prompt_digest"] == start.prompt_digest.hex()
+        assert int(info.metadata["num_tokens"]) >= 1
     assert loop.time() - crashed_s < 1.0
     stack.pace.open()
 

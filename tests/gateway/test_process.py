@@ -21,7 +21,6 @@ from rillgate_server.errors import ConfigError, NoReplica
 from rillgate_server.gateway.process import CONTROL, INFERENCE, Gateway
 from rillgate_server.gateway.prompt import ServedModel
 from tests.gateway.stack import (
-    GATEWAY,
     PATIENCE_S,
     Stack,
     expected_tokens,
@@ -133,7 +132,7 @@ async def test_draining_says_so_refuses_new_calls_and_lets_running_ones_finish()
                 await stack.control.GetStatus(control_pb2.GetStatusRequest())
             ).num_open_requests == 0:
                 pass
-        drain = asyncio.create_task(stack.gateway.drain())
+        drain = asyncio.create_task(stack.gateway.drain(PATIENCE_S))
         await until_health(other, "", NOT_SERVING)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await generate(stack, request())
@@ -149,12 +148,12 @@ async def test_draining_says_so_refuses_new_calls_and_lets_running_ones_finish()
 
 async def test_a_drain_ends_with_its_grace_and_what_runs_is_cut_off() -> None:
     """A stream that does not end holds the process no longer than the grace."""
-    async with running_stack(with_config(drain_grace_s=0.1)) as stack:
+    async with running_stack() as stack:
         stack.pace.hold()
         call = stack.inference.Generate(request(tokens=[1, 2, 3]))
         stack.pace.allow(2)
         assert (await call.read()).HasField("started")
-        await stack.gateway.drain()
+        await stack.gateway.drain(0.1)
         await stack.gateway.stop()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read(call)
@@ -167,7 +166,8 @@ async def test_a_replica_of_another_checkpoint_is_refused(field: str) -> None:
     ours = served_model()
     model = ServedModel(replace(ours.spec, **cast("Any", {field: "ee" * 32})), ours.text)
     async with running_replica() as replica:
-        gateway = Gateway(GATEWAY, model, f"unix:{replica.socket}", SystemClock())
+        config = with_config(replica_addresses=(f"unix:{replica.socket}",))
+        gateway = Gateway(config, model, SystemClock())
         await gateway.start()
         try:
             with pytest.raises(NoReplica, match=f"{field.partition('_')[0]} is"):
@@ -179,7 +179,7 @@ async def test_a_replica_of_another_checkpoint_is_refused(field: str) -> None:
 async def test_a_port_in_use_is_refused_at_once(stack: Stack) -> None:
     """A second server does not silently take half of the calls."""
     with pytest.raises(ConfigError, match=r"gateway.listen is '127.0.0.1:\d+'.* in use"):
-        Gateway(with_config(listen=stack.gateway.address), served_model(), "unix:/x", SystemClock())
+        Gateway(with_config(listen=stack.gateway.address), served_model(), SystemClock())
 
 
 def test_the_gateway_never_loads_torch_nor_transformers() -> None:

@@ -16,11 +16,12 @@ from rillgate_proto.v1 import engine_pb2_grpc
 from rillgate_server.core.clock import SystemClock
 from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.pending_output import StepEntry
 from rillgate_server.core.request import Request
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.submission import Submission
 from rillgate_server.core.welcome import Welcome
-from rillgate_server.gateway.replica_link import Event, ReplicaStream
+from rillgate_server.gateway.replica_stream import ReplicaStream
 from rillgate_server.replica.engine_service import EngineService, ServiceLimits
 from rillgate_server.service.convert_engine import MAX_MESSAGE_BYTES
 
@@ -155,15 +156,15 @@ def make_submission(*prompt: int, **fields: object) -> Submission:
     return Submission(**(values | fields))  # type: ignore[arg-type]
 
 
-async def next_events(stream: ReplicaStream) -> list[Event]:
+async def next_events(stream: ReplicaStream) -> list[StepEntry]:
     """Read, within the deadline."""
     async with asyncio.timeout(DEADLINE_S):
         return await stream.next_events()
 
 
-async def read_all(stream: ReplicaStream) -> list[Event]:
+async def read_all(stream: ReplicaStream) -> list[StepEntry]:
     """Read everything until the request is over."""
-    events: list[Event] = []
+    events: list[StepEntry] = []
     while batch := await next_events(stream):
         events.extend(batch)
     return events

@@ -10,12 +10,14 @@ from typing import TypeVar
 
 import pytest
 
-from rillgate_server.core.request import ChoiceStart, FinishReason, RejectReason, RequestRejected
+from rillgate_server.core.pending_output import StepEntry
+from rillgate_server.core.request import ChoiceStart, FinishReason, RejectReason
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import ChoiceFinished, ChoiceTokens, PromptLogprobs, RequestStarted
 from rillgate_server.core.submission import Submission
 from rillgate_server.engine.testing import FakeModel
-from rillgate_server.gateway.replica_link import Event, ReplicaLink
+from rillgate_server.gateway.replica_link import ReplicaLink
+from rillgate_server.gateway.replica_stream import RequestRefused
 from tests.gateway.stack import Replica, running_replica, served_model
 from tests.replica.engine_server import DEADLINE_S, make_submission, next_events, read_all
 
@@ -52,12 +54,12 @@ def expected(submission: Submission, choice: int) -> list[int]:
     return context[len(prompt) :]
 
 
-def of_type(events: Sequence[Event], kind: type[T]) -> list[T]:
+def of_type(events: Sequence[StepEntry], kind: type[T]) -> list[T]:
     """Pick the events of one kind."""
     return [event for event in events if isinstance(event, kind)]
 
 
-def tokens_of(events: Sequence[Event], choice: int, start: int = 0) -> list[int]:
+def tokens_of(events: Sequence[StepEntry], choice: int, start: int = 0) -> list[int]:
     """Join a choice's tokens; the offsets must leave no gap."""
     joined: list[int] = []
     for entry in of_type(events, ChoiceTokens):
@@ -126,10 +128,11 @@ async def test_what_the_scheduler_refuses_comes_back_with_its_numbers(setup: Set
     """Too long for the context: TOO_LONG says what was asked for and the limit."""
     _, link = setup
     limit = served_model().spec.max_context_tokens
-    (event,) = await read_all(link.submit(make_submission(1, 2, max_tokens=limit)))
-    assert isinstance(event, RequestRejected)
-    assert event.rejection.reason is RejectReason.TOO_LONG
-    assert (event.rejection.asked, event.rejection.limit) == (limit + 2, limit)
+    with pytest.raises(RequestRefused) as caught:
+        await read_all(link.submit(make_submission(1, 2, max_tokens=limit)))
+    rejection = caught.value.rejection
+    assert rejection.reason is RejectReason.TOO_LONG
+    assert (rejection.asked, rejection.limit) == (limit + 2, limit)
 
 
 async def test_an_abort_frees_the_blocks_within_one_step(setup: Setup) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from rillgate_server.core.request import FinishReason, RejectReason, RequestRejected
+from rillgate_server.core.request import FinishReason, RejectReason
 from rillgate_server.core.step import ChoiceFinished, RequestFailed
 from rillgate_server.errors import NoReplica
 from rillgate_server.gateway.replica_link import ReplicaLink
+from rillgate_server.gateway.replica_stream import RequestRefused
 from tests.replica.engine_server import make_submission, next_events, read_all, socket_directory
 
 DEADLINE_S = 30.0
@@ -103,15 +104,20 @@ async def test_sigterm_lets_streams_finish_and_refuses_new_ones(socket: Path) ->
         stream = link.submit(make_submission(max_tokens=200, ignore_eos=True))
         await next_events(stream)
         process.send_signal(signal.SIGTERM)
-        while True:  # until the signal has arrived
-            (last, *_) = (await read_all(link.submit(make_submission(max_tokens=1))))[-1:]
-            if isinstance(last, RequestRejected):
-                break
-        assert last.rejection.reason is RejectReason.DRAINING
+        with pytest.raises(RequestRefused) as caught:
+            await submit_until_refused(link)
+        assert caught.value.rejection.reason is RejectReason.DRAINING
         end = (await read_all(stream))[-1]
         assert end == ChoiceFinished(stream.request_key, 0, FinishReason.LENGTH, 200)
         assert await exit_code(process) == 0
         assert _mode(socket) is None
+
+
+async def submit_until_refused(link: ReplicaLink) -> None:
+    """Submit again and again, until a signal has arrived."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            await read_all(link.submit(make_submission(max_tokens=1)))
 
 
 async def test_past_the_grace_what_runs_is_cut_off(socket: Path) -> None:

@@ -1,23 +1,27 @@
 """One request from the engine's events to the caller's stream: text, ends, usage, continuation.
 
-Plain synchronous code: events go in, updates go to the stream's writer. Owns each choice's text and
-counts. Does not know gRPC, replicas, tasks or time (a clock is an argument).
+Plain synchronous code: events go in, updates go to the stream's writer. Owns each choice's tokens,
+text and counts. Does not know gRPC, replicas, tasks or time (a clock is an argument).
 
 The text a caller has is a pure function E of its request and the token ids it has (contracts,
 section 3). Given tokens are replayed into the same assemblers with what they bring dropped, so that
 E(all) minus E(given) is what follows. A choice that the deadline ends is not flushed: withheld text
 belongs to tokens that somebody may go on from.
+
+When a replica is lost the request goes on elsewhere: `submission` gives it with all tokens that
+came, and the assemblers, which hold text back for half characters and stop strings, just go on.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rillgate_server.core.clock import Clock
+from rillgate_server.core.pending_output import StepEntry
 from rillgate_server.core.request import (
     ChoiceStart,
     FinishReason,
     Rejection,
     RejectReason,
-    RequestRejected,
 )
 from rillgate_server.core.step import (
     ChoiceFinished,
@@ -32,11 +36,12 @@ from rillgate_server.errors import (
     Draining,
     EngineFailure,
     InvalidRequest,
+    NoReplica,
     Overloaded,
     RillgateError,
+    StreamLost,
 )
 from rillgate_server.gateway.prompt import PreparedCall
-from rillgate_server.gateway.replica_link import Event
 from rillgate_server.gateway.text.assembler import TextAssembler, TextDelta
 from rillgate_server.gateway.text.model_text import ModelText
 from rillgate_server.service.generate_call import (
@@ -58,31 +63,33 @@ class _Choice:
         "assembler",
         "end_reason",
         "first_token_s",
-        "given_token_ids",
         "index",
         "last_token_s",
+        "num_given",
         "num_preemptions",
-        "num_tokens",
+        "token_ids",
     )
 
-    def __init__(
-        self, index: int, assembler: TextAssembler, given_token_ids: tuple[int, ...]
-    ) -> None:
+    def __init__(self, index: int, assembler: TextAssembler) -> None:
         self.index = index
         self.assembler = assembler
-        self.given_token_ids = given_token_ids
-        self.num_tokens = 0  # from the original start
+        self.token_ids: list[int] = []  # from the original start; what follows a stop string is cut
+        self.num_given = 0
         self.num_preemptions = 0
         self.first_token_s: float | None = None  # of the new ones
         self.last_token_s = 0.0
         self.end_reason: EndReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
 
 class Generation:
     """One request under way.
 
     State: the choices, whether Started was given, the queue's wait and cached tokens once known,
-    the time that the submission had left.
+    whether the prompt's log-probabilities are still to come.
     """
 
     def __init__(
@@ -101,13 +108,13 @@ class Generation:
         self._writer = writer
         self._clock = clock
         self._arrival_s = arrival_s
-        self._time_remaining_s: float | None = None
         self._started: RequestStarted | None = None
         self._held_back: list[tuple[OutputDelta | None, ChoiceEnd]] = []  # until Started
         self._choices = [
             self._replayed(index, model_text) for index in range(prepared.call.num_choices)
         ]
-        self._has_given_tokens = any(choice.given_token_ids for choice in self._choices)
+        # Given tokens came after the prompt's log-probabilities: these were sent before.
+        self._wants_prompt_logprobs = not any(choice.num_given for choice in self._choices)
         if self.is_over:
             self._start(RequestStarted(0, 0.0, 0))
 
@@ -125,20 +132,28 @@ class Generation:
         """Tokens of all choices, given ones included."""
         return sum(choice.num_tokens for choice in self._choices)
 
+    @property
+    def is_started(self) -> bool:
+        """Whether the caller was told that its request runs."""
+        return self._started is not None
+
     def submission(self, time_remaining_s: float | None) -> Submission:
-        """Return what a replica is to do: the choices that have not ended, at least one.
+        """Return what a replica is to do: the choices that have not ended, at least one, each with
+        all its tokens so far.
 
         `time_remaining_s`: until this stream ends at its deadline; None: it has none.
         """
         call = self._prepared.call
-        self._time_remaining_s = time_remaining_s
+        sampling = call.sampling
+        if not self._wants_prompt_logprobs:
+            sampling = replace(sampling, num_prompt_logprobs=None)
         return Submission(
             request_id=self._prepared.request_id,
             prompt_token_ids=self._prepared.prompt_token_ids,
-            sampling=call.sampling,
+            sampling=sampling,
             max_tokens=self._prepared.max_tokens,
             choices=tuple(
-                ChoiceStart(choice.index, choice.given_token_ids)
+                ChoiceStart(choice.index, tuple(choice.token_ids))
                 for choice in self._choices
                 if choice.end_reason is None
             ),
@@ -154,10 +169,10 @@ class Generation:
 
     # -- events -----------------------------------------------------------------------------------
 
-    def apply(self, events: Sequence[Event]) -> tuple[int, ...]:
+    def apply(self, events: Sequence[StepEntry]) -> tuple[int, ...]:
         """Take a replica's events; return the choices that it need not go on with.
 
-        Raises what the request ends with when it failed or was rejected.
+        Raises EngineFailure when the request failed.
         """
         ended_here: list[int] = []
         for event in events:
@@ -167,17 +182,46 @@ class Generation:
             elif isinstance(event, ChoiceFinished):
                 self._add_finished(event)
             elif isinstance(event, RequestStarted):
-                self._start(event)
+                if self._started is None:  # else it goes on elsewhere, and the caller knows
+                    self._start(event)
             elif isinstance(event, PromptLogprobs):
-                # Given tokens came after the prompt's log-probabilities: these were sent before.
-                if not self._has_given_tokens:
+                if self._wants_prompt_logprobs:
                     self._writer.add_prompt_logprobs(event.positions)
-            elif isinstance(event, RequestFailed):
-                raise EngineFailure(event.message)
+                    self._wants_prompt_logprobs = False
             else:
-                assert isinstance(event, RequestRejected)
-                raise _error_of(event.rejection, self._time_remaining_s)
+                assert isinstance(event, RequestFailed)
+                raise EngineFailure(event.message)
         return tuple(ended_here)
+
+    def break_off(self) -> None:
+        """Note that the replica is gone; choices whose tokens say so have ended.
+
+        A choice's last token and its end leave a replica in one message today; this keeps it from
+        mattering.
+        """
+        for choice in self._choices:
+            if choice.end_reason is None:
+                reason = self._end_of(choice.token_ids, stop_string=None)
+                if reason is not None:
+                    self._finish(choice, reason)
+
+    def lost(self, retry_after_s: float, why: str) -> NoReplica:
+        """Return what the call ends with when nobody goes on with it."""
+        if self._started is None:
+            return NoReplica(why, retry_after_s)
+        prepared = self._prepared
+        return StreamLost(
+            why,
+            retry_after_s,
+            {
+                "request_id": prepared.request_id,
+                "model_version": prepared.model_version,
+                "seed": str(prepared.call.sampling.seed),
+                "prompt_digest": prepared.prompt_digest.hex(),
+                "template_time_ms": str(prepared.template_time_ms),
+                "num_tokens": ",".join(str(choice.num_tokens) for choice in self._choices),
+            },
+        )
 
     def end_at_deadline(self) -> None:
         """End every open choice with what there is."""
@@ -212,7 +256,7 @@ class Generation:
                 event.logprobs[:num_used],
             )
         )
-        choice.num_tokens += num_used
+        choice.token_ids += event.token_ids[:num_used]
         if delta.stop_string is None:
             return False
         self._writer.add_end(self._end(choice, EndReason.STOP_STRING, delta.stop_string))
@@ -228,10 +272,14 @@ class Generation:
                 f"choice {choice.index} ended with {event.num_tokens} tokens, "
                 f"{choice.num_tokens} came"
             )
+        self._finish(choice, _END_OF_ENGINE[event.reason])
+
+    def _finish(self, choice: _Choice, reason: EndReason) -> None:
+        """End a choice with the text that its end sets free."""
         rest = _rest(choice, choice.assembler.finish())
         if rest is not None:
             self._writer.add_output(rest)
-        self._writer.add_end(self._end(choice, _END_OF_ENGINE[event.reason]))
+        self._writer.add_end(self._end(choice, reason))
 
     def _start(self, event: RequestStarted) -> None:
         prepared = self._prepared
@@ -267,20 +315,21 @@ class Generation:
             call.sampling.min_tokens,
             silent_token_ids=frozenset(call.stop_token_ids),
         )
-        choice = _Choice(index, assembler, given.token_ids)
+        choice = _Choice(index, assembler)
         replayed = assembler.push(given.token_ids)
-        choice.num_tokens = replayed.num_tokens_used
+        choice.token_ids += given.token_ids[: replayed.num_tokens_used]
+        choice.num_given = len(given.token_ids)
         stop_string = replayed.stop_string or ""
         if given.end_reason is not None:
             self._held_back.append((None, self._end(choice, given.end_reason, stop_string)))
-        elif (reason := self._end_of_given(given.token_ids, replayed)) is not None:
+        elif (reason := self._end_of(given.token_ids, replayed.stop_string)) is not None:
             rest = _rest(choice, assembler.finish())
             self._held_back.append((rest, self._end(choice, reason, stop_string)))
         return choice
 
-    def _end_of_given(self, token_ids: tuple[int, ...], replayed: TextDelta) -> EndReason | None:
-        """Say whether given tokens already end their choice, by the order that new ones do."""
-        if replayed.stop_string is not None:
+    def _end_of(self, token_ids: Sequence[int], stop_string: str | None) -> EndReason | None:
+        """Say whether tokens end their choice, by the order that the engine goes by."""
+        if stop_string is not None:
             return EndReason.STOP_STRING
         # The engine draws no ending id before min_tokens, so one there ends nothing.
         can_stop = len(token_ids) > self._prepared.call.sampling.min_tokens
@@ -296,7 +345,7 @@ class Generation:
         started, first_s = self._started, choice.first_token_s
         queue_s = started.queue_s if started is not None else 0.0
         decode_s = choice.last_token_s - first_s if first_s is not None else 0.0
-        num_after_first = choice.num_tokens - len(choice.given_token_ids) - 1
+        num_after_first = choice.num_tokens - choice.num_given - 1
         return Usage(
             prompt_tokens=len(self._prepared.prompt_token_ids),
             completion_tokens=choice.num_tokens,
@@ -319,8 +368,8 @@ def _rest(choice: _Choice, delta: TextDelta) -> OutputDelta | None:
     return OutputDelta(choice.index, choice.num_tokens, (), delta.text, delta.reasoning_text)
 
 
-def _error_of(rejection: Rejection, time_remaining_s: float | None) -> RillgateError:
-    """Say to the caller why a replica did not take the request on."""
+def refusal(rejection: Rejection, time_remaining_s: float | None) -> RillgateError:
+    """Say to the caller why its request was not taken on, with `time_remaining_s` left."""
     if rejection.reason is RejectReason.DEADLINE_NEVER:
         return DeadlineUnattainable(rejection.predicted_ttft_s, time_remaining_s or 0.0)
     if rejection.reason in (RejectReason.OVERLOADED, RejectReason.DEADLINE_NOW):

@@ -15,7 +15,8 @@ import grpc
 from rillgate_proto.v1 import inference_pb2 as pb
 from rillgate_proto.v1 import inference_pb2_grpc
 from rillgate_server.core.clock import Clock
-from rillgate_server.errors import DeadlineExceeded, EngineFailure
+from rillgate_server.errors import DeadlineExceeded
+from rillgate_server.gateway.fleet import Fleet
 from rillgate_server.gateway.generation import Generation
 from rillgate_server.gateway.open_calls import OpenCalls
 from rillgate_server.gateway.prompt import (
@@ -26,7 +27,7 @@ from rillgate_server.gateway.prompt import (
     prepare,
     unix_time_ms,
 )
-from rillgate_server.gateway.replica_link import ReplicaLink, ReplicaStream
+from rillgate_server.gateway.relay import Relay
 from rillgate_server.gateway.tenancy import Account, Tenancy
 from rillgate_server.service.call_context import current_call
 from rillgate_server.service.convert_public import (
@@ -55,14 +56,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(
         self,
         model: ServedModel,
-        link: ReplicaLink,
+        fleet: Fleet,
         tenancy: Tenancy,
         open_calls: OpenCalls,
         clock: Clock,
     ) -> None:
-        """Serve `model` with the replica behind `link`."""
+        """Serve `model` with the replicas of `fleet`."""
         self._model = model
-        self._link = link
+        self._fleet = fleet
         self._tenancy = tenancy
         self._open_calls = open_calls
         self._clock = clock
@@ -95,20 +96,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             prepared = await self._prepare(message, self._tenancy.account(context))
             writer = StreamWriter(write)
             generation = Generation(prepared, self._model.text, writer, self._clock, arrival_s)
-            stream = None if generation.is_over else self._submit(generation, ends_at_s)
+            relay = Relay(generation, self._fleet, self._clock, ends_at_s)
             try:
-                await _run(generation, stream, writer, ends_at_s)
+                await _run(generation, relay, writer, ends_at_s)
             finally:
-                if stream is not None:
-                    stream.close()
                 current_call().log_fields["tokens"] = generation.num_tokens
-
-    def _submit(self, generation: Generation, ends_at_s: float | None) -> ReplicaStream:
-        """Hand the request to the replica, with the time that is left to answer in."""
-        remaining_s = None
-        if ends_at_s is not None:
-            remaining_s = max(0.0, ends_at_s - asyncio.get_running_loop().time())
-        return self._link.submit(generation.submission(remaining_s))
+                if relay.num_moves:
+                    current_call().log_fields["moves"] = relay.num_moves
 
     async def _prepare(self, message: pb.GenerateRequest, account: Account) -> PreparedCall:
         log = current_call()
@@ -154,25 +148,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 
 async def _run(
-    generation: Generation,
-    stream: ReplicaStream | None,
-    writer: StreamWriter,
-    ends_at_s: float | None,
+    generation: Generation, relay: Relay, writer: StreamWriter, ends_at_s: float | None
 ) -> None:
     """Write until the generation is over, its deadline comes, or something breaks.
 
-    Two sides: a task takes the replica's events, so that a stop string or an error counts at once
+    Two sides: a task takes the replicas' events, so that a stop string or an error counts at once
     even while a slow reader holds up a write; this one writes what gathers.
     """
-    if stream is None:
-        writer.close()
-        await writer.run()
-        return
 
     def on_deadline() -> None:
         generation.end_at_deadline()
         writer.close()
-        stream.close()
+        events.cancel()
 
     def on_events_over(task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
@@ -182,7 +169,7 @@ async def _run(
 
     loop = asyncio.get_running_loop()
     timer = loop.call_at(ends_at_s, on_deadline) if ends_at_s is not None else None
-    events = asyncio.create_task(_take_events(generation, stream))
+    events = asyncio.create_task(relay.run())
     events.add_done_callback(on_events_over)
     try:
         await writer.run()
@@ -190,17 +177,7 @@ async def _run(
         events.cancel()
         if timer is not None:
             timer.cancel()
-
-
-async def _take_events(generation: Generation, stream: ReplicaStream) -> None:
-    """Hand a replica's events to the generation until it is over."""
-    while not generation.is_over:
-        events = await stream.next_events()
-        if not events and not generation.is_over:
-            raise EngineFailure("the replica ended the request, but not all of its choices")
-        ended_here = generation.apply(events)
-        if ended_here:
-            stream.abort(ended_here)
+        await asyncio.gather(events, return_exceptions=True)
 
 
 def _end_time(context: _Context) -> float | None:

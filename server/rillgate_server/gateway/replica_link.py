@@ -4,30 +4,33 @@ Owns the connection (it comes back by itself), the one Run stream that carries a
 what the replica last said of itself. One task reads Run and sorts entries into the streams'
 buffers; a stream's reader is woken once per message, however many entries were its own.
 
+A replica that says nothing for a second is lost, connected or not: the connection is given up, its
+streams break, and should it ever speak again, nobody listens to what it says of them. One whose
+engine stands still though it has work keeps its connection, which tells when it goes on, and loses
+its streams.
+
 Does not know text, and not what to do when a replica is gone: its streams raise NoReplica.
 """
 
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 
 from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
+from rillgate_server.config.groups import LinkConfig
+from rillgate_server.core.block_events import BlockEvent
 from rillgate_server.core.load import EngineLoad, FlushedBlocks
-from rillgate_server.core.pending_output import PendingOutput, StepEntry, entries_of
-from rillgate_server.core.request import RequestRejected
-from rillgate_server.core.step import (
-    ChoiceFinished,
-    ChoiceTokens,
-    RequestFailed,
-    StepOutput,
-)
+from rillgate_server.core.pending_output import entries_of
+from rillgate_server.core.step import StepOutput
 from rillgate_server.core.submission import Submission
 from rillgate_server.core.welcome import PROTOCOL_VERSION, Welcome
 from rillgate_server.errors import NoReplica
+from rillgate_server.gateway.replica_stream import ReplicaStream
+from rillgate_server.gateway.replica_watch import ReplicaWatch
 from rillgate_server.service.convert_engine import (
     MAX_MESSAGE_BYTES,
     abort_command,
@@ -35,31 +38,37 @@ from rillgate_server.service.convert_engine import (
     step_output_from_wire,
     submit_command,
 )
-from rillgate_server.service.convert_replica import (
-    flushed_from_wire,
-    load_from_wire,
-    welcome_from_wire,
-)
+from rillgate_server.service.convert_replica import flushed_from_wire
 
 if TYPE_CHECKING:  # only the stubs know the type parameters
-    _WatchCall = grpc.aio.UnaryStreamCall[engine_pb2.WatchRequest, engine_pb2.ReplicaEvent]
     _FlushCall = grpc.aio.UnaryUnaryCall[
         engine_pb2.EngineFlushCacheRequest, engine_pb2.EngineFlushCacheResponse
+    ]
+    _DrainCall = grpc.aio.UnaryUnaryCall[
+        engine_pb2.EngineDrainRequest, engine_pb2.EngineDrainResponse
     ]
     _RunCall = grpc.aio.StreamStreamCall[engine_pb2.EngineCommand, engine_pb2.EngineEvent]
 
 _log = logging.getLogger(__name__)
 
-Event = StepEntry | RequestRejected
+
+def link_channel(address, door, options):
+    return grpc.aio.insecure_channel(address, options=options)
+
+
+def link_metadata(door):
+    return ()
+
+
+_Answer = TypeVar("_Answer")
+_NO_DOOR = LinkConfig()
 
 FIRST_RETRY_S = 0.05
 """After a broken connection; a Unix socket answers or refuses at once."""
 LONGEST_RETRY_S = 0.25
 """Each failed try doubles the wait up to this; a try at a Unix socket costs about a millisecond."""
-FLUSH_TIMEOUT_S = 30.0
-"""For a flush, which waits for the step under way; a replica that takes longer is frozen."""
-LOST_AFTER_S = 1.0
-"""Without a Load for this long a replica is lost (contracts, section 2)."""
+ANSWER_TIMEOUT_S = 30.0
+"""For a flush or a drain, which wait for the step under way; one that takes longer is frozen."""
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -70,106 +79,64 @@ _CHANNEL_OPTIONS = (
 )
 
 
-class ReplicaStream:
-    """One request's events. One task reads; `abort` and `close` may come from any task."""
+class LinkObserver(Protocol):
+    """Who hears what becomes of a link; called on the loop, must not block."""
 
-    def __init__(self, link: "ReplicaLink", request_key: int, submission: Submission) -> None:
-        """Made by `ReplicaLink.submit`."""
-        self.request_key = request_key
-        self._link = link
-        self._open_choices = {choice.index for choice in submission.choices}
-        self._pending = PendingOutput()
-        self._rejected: RequestRejected | None = None
-        self._broken: str | None = None
-        self._wake = asyncio.Event()
+    def on_up(self, link: "ReplicaLink") -> None:
+        """Requests can be submitted from now on."""
+        ...
 
-    def __repr__(self) -> str:
-        return (
-            f"ReplicaStream(request_key={self.request_key}, open={sorted(self._open_choices)}, "
-            f"pending={self._pending!r}, broken={self._broken!r})"
-        )
+    def on_down(self, link: "ReplicaLink") -> None:
+        """They cannot any more; its streams break right after this."""
+        ...
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether nothing more will arrive (something may still wait to be read)."""
-        return not self._open_choices
+    def on_load(self, link: "ReplicaLink", load: EngineLoad) -> None:
+        """The replica reported its load."""
+        ...
 
-    async def next_events(self) -> list[Event]:
-        """Wait for events and return all since the last call, each choice's tokens in one.
-
-        Empty: the request is over, and everything was returned. Raises NoReplica when the replica
-        was lost before the request's end, after the events that had arrived.
-        """
-        while not (self._pending or self._rejected):
-            if self.is_finished:
-                return []
-            if self._broken is not None:
-                raise NoReplica(self._broken)
-            self._wake.clear()
-            await self._wake.wait()
-        if self._rejected is not None:
-            rejected, self._rejected = self._rejected, None
-            return [rejected]
-        return list(entries_of(self._pending.take()))
-
-    def abort(self, choice_indices: tuple[int, ...] = ()) -> None:
-        """End the request, or some of its choices; never fails. Nothing more arrives for them."""
-        ended = tuple(it for it in choice_indices if it in self._open_choices)
-        if not self._open_choices or (choice_indices and not ended):
-            return
-        self._open_choices.difference_update(ended or tuple(self._open_choices))
-        self._link._abort(self, ended if self._open_choices else ())
-        self._wake.set()
-
-    def close(self) -> None:
-        """Abort the request unless it is over. Idempotent."""
-        self.abort()
-
-    # -- by the link's reader ---------------------------------------------------------------------
-
-    def _add(self, step_id: int, entry: StepEntry) -> None:
-        if isinstance(entry, ChoiceTokens | ChoiceFinished):
-            if entry.choice_index not in self._open_choices:
-                return  # aborted
-            if isinstance(entry, ChoiceFinished):
-                self._open_choices.discard(entry.choice_index)
-        elif isinstance(entry, RequestFailed):
-            self._open_choices.clear()
-        self._pending.add(step_id, entry)
-
-    def _reject(self, rejected: RequestRejected) -> None:
-        self._rejected = rejected
-        self._open_choices.clear()
-        self._wake.set()
-
-    def _break(self, message: str) -> None:
-        self._broken = message
-        self._wake.set()
+    def on_blocks(self, link: "ReplicaLink", event: BlockEvent) -> bool:
+        """The replica's cache changed; False: an event is missing, and it shall say all again."""
+        ...
 
 
 class ReplicaLink:
     """The link to the replica at one address.
 
     State: `_streams` (open ones by key), the current connection's stub and Run's commands (None
-    when not connected), `welcome` and `load` as last received.
+    when not connected), `welcome` and `load` as last received, `refusal`.
     """
 
     def __init__(
-        self, address: str, refuse: Callable[[Welcome], str | None] = lambda welcome: None
+        self,
+        address: str,
+        refuse: Callable[[Welcome], str | None] = lambda welcome: None,
+        observer: LinkObserver | None = None,
+        door: LinkConfig = _NO_DOOR,
+        *,
+        wants_blocks: bool = False,
     ) -> None:
-        """Link to `address` (`unix:/…`); `refuse` may say why a replica is not the one wanted."""
+        """Link to `address` (`unix:/…` or `host:port`, where `door` says how to be let in).
+
+        `refuse` may say why a replica is not the one wanted. `wants_blocks`: let it announce what
+        its cache holds.
+        """
         self.address = address
         self.welcome: Welcome | None = None
         self.load: EngineLoad | None = None
+        self.why_not = "not connected yet"
+        """What keeps it from being connected, for the operator."""
+        self.refusal = ""
+        """Why the replica at this address is not used, though it answers."""
         self._refuse = refuse
-        self._load_at_s = 0.0
+        self._observer = observer
+        self._door = door
+        self._wants_blocks = wants_blocks
         self._keys = itertools.count(1)
         self._streams: dict[int, ReplicaStream] = {}  # request_key -> open stream
         self._commands: asyncio.Queue[engine_pb2.EngineCommand] | None = None
         self._stub: engine_pb2_grpc.EngineStub | None = None
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._why_not = "not connected yet"
 
     def __repr__(self) -> str:
         return f"ReplicaLink({self.address!r}, ready={self.is_ready}, streams={len(self._streams)})"
@@ -194,17 +161,16 @@ class ReplicaLink:
         return self._commands is not None
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the replica has said nothing for too long, connected or not."""
-        now_s = asyncio.get_running_loop().time()
-        return not self.is_ready or now_s - self._load_at_s > LOST_AFTER_S
+    def streams(self) -> tuple[ReplicaStream, ...]:
+        """The open ones, oldest first."""
+        return tuple(self._streams.values())
 
     async def wait_ready(self, timeout_s: float | None) -> None:
         """Wait until requests can be submitted; raises NoReplica after `timeout_s`, if given."""
         try:
             await asyncio.wait_for(self._ready.wait(), timeout_s)
         except TimeoutError:
-            raise NoReplica(f"no replica at {self.address}: {self._why_not}") from None
+            raise NoReplica(f"no replica at {self.address}: {self.why_not}") from None
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -219,31 +185,46 @@ class ReplicaLink:
 
     async def flush_cache(self) -> FlushedBlocks:
         """Let the replica forget the cached blocks that no request uses; raises NoReplica."""
+        stub, metadata = self._connected_stub(), link_metadata(self._door)
+        call: _FlushCall = stub.FlushCache(
+            engine_pb2.EngineFlushCacheRequest(), timeout=ANSWER_TIMEOUT_S, metadata=metadata
+        )
+        return flushed_from_wire(await _answer(call))
+
+    async def drain(self, *, undo: bool) -> None:
+        """Let the replica take no more requests on, or take them on again; raises NoReplica."""
+        stub, metadata = self._connected_stub(), link_metadata(self._door)
+        call: _DrainCall = stub.Drain(
+            engine_pb2.EngineDrainRequest(undo=undo), timeout=ANSWER_TIMEOUT_S, metadata=metadata
+        )
+        await _answer(call)
+
+    def _connected_stub(self) -> engine_pb2_grpc.EngineStub:
         if self._stub is None:
             raise NoReplica("no replica is connected now")
-        call: _FlushCall = self._stub.FlushCache(
-            engine_pb2.EngineFlushCacheRequest(), timeout=FLUSH_TIMEOUT_S
-        )
-        try:
-            return flushed_from_wire(await call)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                message = f"the replica gave no answer within {FLUSH_TIMEOUT_S:g} s"
-                raise NoReplica(message) from error
-            raise NoReplica("the replica was lost before its answer") from error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # Not this task but the call was cancelled: its connection was closed.
-            raise NoReplica("the replica was lost before its answer") from error
+        return self._stub
 
-    def _abort(self, stream: ReplicaStream, choice_indices: tuple[int, ...]) -> None:
+    def abort(self, stream: ReplicaStream, choice_indices: tuple[int, ...]) -> None:
         """Tell the replica, unless the stream is over or its connection broken."""
         if stream.is_finished and self._streams.pop(stream.request_key, None) is None:
             return
         if self._commands is not None:
             self._commands.put_nowait(abort_command(stream.request_key, choice_indices))
+
+    def break_streams(self, why: str) -> None:
+        """Give all streams up as lost; should the replica go on, it ends their requests."""
+        for stream in self.streams:
+            self._streams.pop(stream.request_key)
+            if self._commands is not None:
+                self._commands.put_nowait(abort_command(stream.request_key, ()))
+            stream.break_off(why)
+
+    def hand_over(self, why: str) -> int:
+        """Give all streams up here so that they go on elsewhere; return how many there were."""
+        streams = self.streams
+        for stream in streams:
+            stream.hand_over(why)
+        return len(streams)
 
     # -- the connection ---------------------------------------------------------------------------
 
@@ -255,77 +236,99 @@ class ReplicaLink:
                 try:
                     await self._serve_connection()
                 except grpc.aio.AioRpcError as error:
-                    self._why_not = f"{error.code().name}: {error.details()}"
+                    self.why_not = f"{error.code().name}: {error.details()}"
                 except NoReplica as error:
-                    self._why_not = str(error)
+                    self.why_not = str(error)
                 was_connected = self.is_ready
                 if was_connected:
-                    _log.warning("lost the replica at %s: %s", self.address, self._why_not)
+                    _log.warning("lost the replica at %s: %s", self.address, self.why_not)
                 self._disconnect()
                 retry_s = FIRST_RETRY_S if was_connected else min(2 * retry_s, LONGEST_RETRY_S)
                 await asyncio.sleep(retry_s)
         finally:
-            self._why_not = "the link is closed"
+            self.why_not = "the link is closed"
             self._disconnect()
 
     def _disconnect(self) -> None:
-        self._commands = None
+        was_connected, self._commands = self.is_ready, None
         self._stub = None
         self._ready.clear()
         self.load = None
+        if was_connected and self._observer is not None:
+            self._observer.on_down(self)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream._break("the replica was lost before the answer's end")
+            stream.break_off("the replica was lost before the answer's end")
 
     async def _serve_connection(self) -> None:
         """Hold one connection until a part of it breaks; raises what broke it."""
-        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+        metadata = link_metadata(self._door)
+        async with link_channel(self.address, self._door, _CHANNEL_OPTIONS) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
-            watch: _WatchCall = stub.Watch(engine_pb2.WatchRequest())
-            replica_events = aiter(watch)
-            self._greet(await anext(replica_events, None))
-            run: _RunCall = stub.Run()
-            commands: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
-            tasks = (
-                asyncio.create_task(self._read_watch(replica_events)),
-                asyncio.create_task(self._read_run(run)),
-                asyncio.create_task(self._write_commands(run, commands)),
+            watch = ReplicaWatch(
+                stub, metadata, self._note_load, self._note_blocks if self._wants_blocks else None
             )
             try:
-                await run.wait_for_connection()
-                self._commands = commands
-                self._stub = stub
-                self._ready.set()
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                welcome = await watch.open()
+                self._check(welcome)
+                self.welcome = welcome
+                run: _RunCall = stub.Run(metadata=metadata)
+                try:
+                    await self._serve_run(stub, run, watch.run(welcome.incarnation))
+                finally:
+                    run.cancel()
             finally:
-                for task in tasks:
-                    task.cancel()
-                run.cancel()
-                watch.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                watch.close()
 
-    def _greet(self, event: engine_pb2.ReplicaEvent | None) -> None:
-        """Take a replica's Welcome, or raise NoReplica if it is not one to work with."""
-        if event is None or not event.HasField("welcome"):
-            raise NoReplica("it did not say what it is")
-        welcome = welcome_from_wire(event.welcome)
+    async def _serve_run(
+        self,
+        stub: engine_pb2_grpc.EngineStub,
+        run: "_RunCall",
+        watching: Coroutine[None, None, None],
+    ) -> None:
+        """Carry requests over `run` until it or the watch ends; raises why."""
+        commands: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
+        tasks = (
+            asyncio.create_task(watching),
+            asyncio.create_task(self._read_run(run)),
+            asyncio.create_task(self._write_commands(run, commands)),
+        )
+        try:
+            await run.wait_for_connection()
+            self._commands = commands
+            self._stub = stub
+            self._ready.set()
+            if self._observer is not None:
+                self._observer.on_up(self)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _check(self, welcome: Welcome) -> None:
+        """Raise NoReplica if a replica is not one to work with, and say so once."""
+        refusal = self._refuse(welcome)
         if welcome.protocol_version != PROTOCOL_VERSION:
-            raise NoReplica(
-                f"it speaks version {welcome.protocol_version} of the engine's protocol, "
-                f"this gateway version {PROTOCOL_VERSION}"
+            refusal = (
+                f"it speaks version {welcome.protocol_version} of the engine's protocol, this "
+                f"gateway version {PROTOCOL_VERSION}; run the same release on both sides"
             )
-        if refusal := self._refuse(welcome):
+        if refusal is not None and refusal != self.refusal:
+            _log.warning("the replica at %s is set aside: %s", self.address, refusal)
+        self.refusal = refusal or ""
+        if refusal is not None:
             raise NoReplica(refusal)
-        self.welcome = welcome
 
-    async def _read_watch(self, events: AsyncIterator[engine_pb2.ReplicaEvent]) -> None:
-        async for event in events:
-            if event.HasField("load"):
-                self.load = load_from_wire(event.load)
-                self._load_at_s = asyncio.get_running_loop().time()
-        raise NoReplica("it ended its Watch")
+    def _note_load(self, load: EngineLoad) -> None:
+        self.load = load
+        if self._observer is not None and self.is_ready:
+            self._observer.on_load(self, load)
+
+    def _note_blocks(self, event: BlockEvent) -> bool:
+        return self._observer is None or self._observer.on_blocks(self, event)
 
     async def _read_run(self, run: "_RunCall") -> None:
         async for event in run:
@@ -334,7 +337,7 @@ class ReplicaLink:
             elif event.HasField("rejected"):
                 rejected = rejected_from_wire(event.rejected)
                 if stream := self._streams.pop(rejected.request_id, None):
-                    stream._reject(rejected)
+                    stream.reject(rejected.rejection)
         raise NoReplica("it ended its Run")
 
     async def _write_commands(
@@ -355,9 +358,26 @@ class ReplicaLink:
         for entry in entries_of(output):
             stream = self._streams.get(entry.request_id)
             if stream is not None:
-                stream._add(output.step_id, entry)
+                stream.add(output.step_id, entry)
                 touched.add(stream)
         for stream in touched:
-            stream._wake.set()
+            stream.wake()
             if stream.is_finished:
                 self._streams.pop(stream.request_key, None)
+
+
+async def _answer(call: "grpc.aio.UnaryUnaryCall[Any, _Answer]") -> _Answer:
+    """Wait for a replica's answer; raises NoReplica."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            message = f"the replica gave no answer within {ANSWER_TIMEOUT_S:g} s"
+            raise NoReplica(message) from error
+        raise NoReplica("the replica was lost before its answer") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # Not this task but the call was cancelled: its connection was closed.
+        raise NoReplica("the replica was lost before its answer") from error

@@ -106,6 +106,13 @@ class Attempts:
             return GiveUp(GiveUpReason.BROKE_TOO_OFTEN)
         return TryNow()
 
+    def handed_over(self, now: float, num_tokens: int) -> NextStep:
+        """Say that it was taken from its replica on purpose: nobody's fault, and it may wait."""
+        self._num_tokens = num_tokens
+        self._is_moved = True
+        self._waiting_since_s = now
+        return TryNow()
+
     def refused(self, key: str, reason: RejectReason) -> NextStep:
         """Say that replica `key` did not take it on."""
         if reason in _FINAL:

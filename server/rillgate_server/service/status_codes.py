@@ -24,6 +24,7 @@ from rillgate_server.errors import (
     NoReplica,
     Overloaded,
     RillgateError,
+    StreamLost,
     VersionGone,
 )
 
@@ -34,6 +35,12 @@ MAX_STATUS_BYTES = 4096
 stands in them once more, percent-encoded: three bytes for each that is not ASCII."""
 _MAX_MESSAGE_BYTES = 400
 _MAX_FIELD_BYTES = 200
+
+_RETRY_REASONS: dict[type[RillgateError], str] = {
+    Overloaded: "OVERLOADED",
+    NoReplica: "NO_REPLICA",
+    StreamLost: "STREAM_LOST",
+}
 
 _Error = TypeVar("_Error", bound=RillgateError)
 _Details = tuple[Message, ...]
@@ -105,10 +112,11 @@ def _precondition(error: ContinuationMismatch) -> _Details:
 def _retry(error: Overloaded | NoReplica | Draining) -> _Details:
     delay = Duration()
     delay.FromMilliseconds(max(0, round(error.retry_after_s * 1000)))
-    reason = {Overloaded: "OVERLOADED", NoReplica: "NO_REPLICA"}.get(type(error), "DRAINING")
+    reason = _RETRY_REASONS.get(type(error), "DRAINING")
+    metadata = error.continuation if isinstance(error, StreamLost) else {}
     return (
         error_details_pb2.RetryInfo(retry_delay=delay),
-        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN),
+        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata),
     )
 
 
