@@ -180,7 +180,8 @@ async def test_a_broken_run_ends_its_requests_and_no_others(setup: Setup) -> Non
     submission = make_submission(5, 6, max_tokens=30, ignore_eos=True)
     kept = staying.submit(submission)
     lost = [leaving.submit(make_submission(*range(50), max_tokens=1000)) for _ in range(3)]
-    await read_all(leaving.submit(REFUSED))  # so those before it are with the engine
+    with pytest.raises(RequestRefused):  # so those before it are with the engine
+        await read_all(leaving.submit(REFUSED))
     replica.pace.allow(8)  # at most 64 tokens a step
     await next_events(lost[-1])
     await leaving.close()

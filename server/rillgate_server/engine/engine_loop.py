@@ -278,7 +278,9 @@ class EngineLoop:
         load = None
         if not self._engine.scheduler.has_work or now >= self._load_due_s:
             load = self._engine.scheduler.load(now)
-            self._load_due_s = now + LOAD_INTERVAL_S
+            # The first step of new work is told at once.
+            has_work = self._engine.scheduler.has_work
+            self._load_due_s = now + LOAD_INTERVAL_S if has_work else 0.0
         with self._lock:
             self._load = load or self._load
             if self._engine.scheduler.has_work or not self._commands.empty():

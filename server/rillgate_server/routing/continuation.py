@@ -109,7 +109,8 @@ class Attempts:
     def handed_over(self, now: float, num_tokens: int) -> NextStep:
         """Say that it was taken from its replica on purpose: nobody's fault, and it may wait."""
         self._num_tokens = num_tokens
-        self._is_moved = True
+        self._has_started = True  # to others it is as good as started: it had a place
+        self._end_wait()
         self._waiting_since_s = now
         return TryNow()
 
