@@ -6,7 +6,7 @@ SETUP_DONE := .venv/.setup-done
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt proto bench bench-kv gpu-check clean
+.PHONY: help setup demo demo-failover test test-long lint fmt proto bench bench-kv gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,8 +18,14 @@ $(SETUP_DONE): pyproject.toml constraints.txt package.json package-lock.json too
 demo: setup ## serve the bundled model, stream an answer, show the numbers, stop
 	@$(BIN)/python tools/demo.py
 
+demo-failover: setup ## serve three replicas, kill one under running streams, show that nobody notices
+	@$(BIN)/python -m tools.demo_failover
+
 test: setup ## run the tests
 	@$(BIN)/python -m pytest
+
+test-long: setup ## break replicas, gateway and network twenty times each; writes benchmarks/results/
+	@RILLGATE_SURVIVAL_BREAKS=20 RILLGATE_SURVIVAL_RESULTS=benchmarks/results/survival.json $(BIN)/python -m pytest tests/end_to_end/test_survival.py
 
 lint: setup ## check style, types, floors, sizes, protos and generated code
 	@$(BIN)/python -m tools.lint
