@@ -12,6 +12,7 @@ import psutil
 
 START_S = 100.0
 """For a start that imports torch, on a machine that may be busy."""
+STOP_S = 30.0
 NAME = "RILLGATE_REPLICA__NAME"
 GATEWAY = "gateway"
 READY = re.compile(r"rillgate: serving demo .* on (\S+) \(ready after")
@@ -66,6 +67,7 @@ async def serve(*flags: str) -> AsyncIterator[Server]:
     try:
         yield Server(process)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        for end in (process.terminate, process.kill):  # the first one also removes its folder
+            with contextlib.suppress(ProcessLookupError, TimeoutError):
+                end()
+                await asyncio.wait_for(process.wait(), STOP_S)

@@ -32,15 +32,12 @@ class _Command:
 
     module: str
     function: str
-    needs_socket: bool = False
     needs_addresses: bool = False
 
     def __call__(self, args: argparse.Namespace) -> int:
         """Read the settings, find the model, run."""
         try:
             settings, model_dir = _prepare(args)
-            if self.needs_socket and not settings.replica.socket:
-                raise ConfigError("replica.socket is empty; allowed: a path (--socket PATH)")
             if self.needs_addresses and not settings.gateway.replica_addresses:
                 raise ConfigError(
                     "gateway.replica_addresses is empty; allowed: at least one "
@@ -76,16 +73,14 @@ def add_commands(subparsers: Subparsers) -> None:
     replica = subparsers.add_parser(
         "replica",
         help="start one replica by itself",
-        description="Runs a model behind a Unix socket that a gateway connects to.",
+        description="Runs a model behind a Unix socket or a TCP port that gateways connect to.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_socket(replica)
+    _add_doors(replica)
     _add_model(replica)
     _add_common(replica)
-    replica.set_defaults(
-        run=_Command("rillgate_server.replica.process", "run_replica", needs_socket=True)
-    )
+    replica.set_defaults(run=_Command("rillgate_server.replica.process", "run_replica"))
     gateway = subparsers.add_parser(
         "gateway",
         help="start a gateway by itself, over replicas that run elsewhere",
@@ -123,8 +118,20 @@ def _add_listen(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_socket(parser: argparse.ArgumentParser) -> None:
+def _add_doors(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--socket", metavar="PATH", help="the replica's Unix socket")
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        dest="replica_listen",
+        help="where gateways on other machines connect; needs link.tls_*, link.token or --insecure",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_const",
+        const="true",
+        help="let whoever can connect use the replica",
+    )
 
 
 def _add_replicas(parser: argparse.ArgumentParser) -> None:
@@ -188,6 +195,8 @@ _FLAGS = {
     # flag's attribute -> (group, field)
     "listen": ("gateway", "listen"),
     "socket": ("replica", "socket"),
+    "replica_listen": ("replica", "listen"),
+    "insecure": ("link", "insecure"),
     "replicas": ("serve", "num_replicas"),
     "tensor_parallel": ("replica", "tensor_parallel_size"),
     "devices": ("serve", "devices"),

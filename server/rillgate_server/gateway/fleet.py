@@ -32,6 +32,7 @@ from rillgate_server.gateway.replica_stream import ReplicaStream
 from rillgate_server.routing.rebalance import WaitingRequest, plan_moves
 from rillgate_server.routing.replica_view import ReplicaView, Ticket
 from rillgate_server.routing.router import Router, RouteRequest
+from rillgate_server.service.tls import check_files
 
 _log = logging.getLogger(__name__)
 
@@ -67,10 +68,12 @@ class Fleet:
     def __init__(
         self, config: GatewayConfig, refuse: Refuse, clock: Clock, door: LinkConfig = _NO_DOOR
     ) -> None:
-        """Follow `config.replica_addresses`; raises ConfigError for what is no address.
+        """Follow `config.replica_addresses`; raises ConfigError for what is no address or no
+        certificate.
 
         `refuse` may say why a replica is not one that this gateway can speak for.
         """
+        check_files(door)
         self._book = AddressBook(config.replica_addresses)
         self._refuse = refuse
         self._clock = clock

@@ -39,6 +39,7 @@ from rillgate_server.service.convert_engine import (
     submit_command,
 )
 from rillgate_server.service.convert_replica import flushed_from_wire
+from rillgate_server.service.link_door import link_channel, link_metadata
 
 if TYPE_CHECKING:  # only the stubs know the type parameters
     _FlushCall = grpc.aio.UnaryUnaryCall[
@@ -50,18 +51,6 @@ if TYPE_CHECKING:  # only the stubs know the type parameters
     _RunCall = grpc.aio.StreamStreamCall[engine_pb2.EngineCommand, engine_pb2.EngineEvent]
 
 _log = logging.getLogger(__name__)
-
-
-def link_channel(
-    address: str, door: LinkConfig, options: tuple[tuple[str, int], ...]
-) -> grpc.aio.Channel:
-    """Connect."""
-    return grpc.aio.insecure_channel(address, options=options)
-
-
-def link_metadata(door: LinkConfig) -> tuple[tuple[str, str], ...]:
-    """Say who calls."""
-    return ()
 
 
 _Answer = TypeVar("_Answer")
@@ -189,7 +178,7 @@ class ReplicaLink:
 
     async def flush_cache(self) -> FlushedBlocks:
         """Let the replica forget the cached blocks that no request uses; raises NoReplica."""
-        stub, metadata = self._connected_stub(), link_metadata(self._door)
+        stub, metadata = self._connected_stub(), link_metadata(self.address, self._door)
         call: _FlushCall = stub.FlushCache(
             engine_pb2.EngineFlushCacheRequest(), timeout=ANSWER_TIMEOUT_S, metadata=metadata
         )
@@ -197,7 +186,7 @@ class ReplicaLink:
 
     async def drain(self, *, undo: bool) -> None:
         """Let the replica take no more requests on, or take them on again; raises NoReplica."""
-        stub, metadata = self._connected_stub(), link_metadata(self._door)
+        stub, metadata = self._connected_stub(), link_metadata(self.address, self._door)
         call: _DrainCall = stub.Drain(
             engine_pb2.EngineDrainRequest(undo=undo), timeout=ANSWER_TIMEOUT_S, metadata=metadata
         )
@@ -266,7 +255,7 @@ class ReplicaLink:
 
     async def _serve_connection(self) -> None:
         """Hold one connection until a part of it breaks; raises what broke it."""
-        metadata = link_metadata(self._door)
+        metadata = link_metadata(self.address, self._door)
         async with link_channel(self.address, self._door, _CHANNEL_OPTIONS) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
             watch = ReplicaWatch(

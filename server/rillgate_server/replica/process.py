@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rillgate_server.config.settings import Settings
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
-from rillgate_server.errors import ConfigError
 from rillgate_server.replica.cache_size import CacheDemand, FreeMemory, choose_cache_sizes
+from rillgate_server.replica.doors import check_doors
 from rillgate_server.replica.progress import loading_progress
 from rillgate_server.replica.serving import serve_engine
 from rillgate_server.service.log_events import configure_logging
@@ -31,8 +31,7 @@ def run_replica(settings: Settings, model_dir: Path) -> int:
     Raises ConfigError, CheckpointError or OutOfMemory when it cannot start.
     """
     configure_logging(settings.log.level)
-    if not settings.replica.socket:
-        raise ConfigError("replica.socket is empty; allowed: the path of a Unix socket")
+    check_doors(settings.replica, settings.link)
     # On a thread that ends: torch's helper threads belong to the thread that computes, and with
     # those of a second one alive the OpenMP runtime counts more threads than cores and lets them
     # sleep at every barrier (a decode step then takes 33 instead of 20 ms on two cores).

@@ -1,0 +1,118 @@
+"""Replicas on two machines: network namespaces joined by a cable that is cut and mended.
+
+Real processes and the bundled model in float32: whatever the cable does, each stream hears what it
+would have heard in peace (tests.support.crowd).
+"""
+
+import asyncio
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from rillgate import AsyncClient
+from rillgate.status_types import ReplicaState, ServerStatus
+from tests.support.crowd import Crowd, undisturbed
+from tests.support.served import START_S
+from tests.support.two_machines import Machine, TwoMachines, two_machines, why_not
+
+_TOKEN = "between two machines, 1"
+_ENVIRONMENT = {
+    "RILLGATE_LINK__TOKEN": _TOKEN,
+    "RILLGATE_MODEL__DTYPE": "float32",
+    "RILLGATE_REPLICA__NUM_THREADS": "1",
+    "RILLGATE_REPLICA__MIN_STEP_MS": "20",
+    "OMP_NUM_THREADS": "1",
+}
+_PORT = 50061
+_POLL_S = 0.05
+
+pytestmark = [
+    pytest.mark.skipif(bool(why_not()), reason=why_not() or "-"),
+    pytest.mark.timeout(300),
+]
+
+
+@pytest.fixture
+def machines() -> Iterator[TwoMachines]:
+    """Two machines for one test."""
+    with two_machines() as it:
+        yield it
+
+
+def _start(machine: Machine, *command: str) -> "subprocess.Popen[str]":
+    """Start one of the server's commands."""
+    return machine.start(
+        sys.executable, "-m", "rillgate_server.cli", *command, environment=_ENVIRONMENT
+    )
+
+
+async def _line(process: "subprocess.Popen[str]", pattern: str) -> re.Match[str]:
+    """Read what a process writes until a line matches."""
+    stdout = process.stdout
+    assert stdout is not None
+    lines: list[str] = []
+    async with asyncio.timeout(START_S):
+        while line := await asyncio.to_thread(stdout.readline):
+            lines.append(line)
+            if found := re.search(pattern, line):
+                return found
+    raise AssertionError("".join(lines))
+
+
+@asynccontextmanager
+async def _client(machine: Machine, gateway: str, folder: Path) -> AsyncIterator[AsyncClient]:
+    """Call a gateway on a machine that this process is not on."""
+    socket = folder / "gateway.sock"
+    forward = machine.start(sys.executable, "-m", "tests.support.forward", str(socket), gateway)
+    await _line(forward, "FORWARDING")
+    async with AsyncClient(f"unix:{socket}") as client:
+        yield client
+
+
+async def _until(client: AsyncClient, condition: Callable[[ServerStatus], bool]) -> ServerStatus:
+    async with asyncio.timeout(START_S):
+        while True:
+            status = await client.status()
+            if condition(status):
+                return status
+            await asyncio.sleep(_POLL_S)
+
+
+def _num_ready(status: ServerStatus) -> int:
+    return sum(it.state is ReplicaState.READY for it in status.replicas)
+
+
+async def test_a_cut_cable_costs_a_pause(machines: TwoMachines, tmp_path: Path) -> None:
+    """The far replica's streams go on at the near one; mended, the far one is used again."""
+    near, far = (f"{it.address}:{_PORT}" for it in (machines.a, machines.b))
+    replicas = [
+        _start(machine, "replica", "--listen", address)
+        for machine, address in ((machines.a, near), (machines.b, far))
+    ]
+    for replica in replicas:
+        await _line(replica, "^READY")
+    gateway = _start(
+        *(machines.a, "gateway", "--listen", "127.0.0.1:0"),
+        *("--replica-address", near, "--replica-address", far),
+    )
+    address = (await _line(gateway, r"^READY (\S+)")).group(1)
+    async with _client(machines.a, address, tmp_path) as client:
+        await _until(client, lambda status: _num_ready(status) == 2)
+        crowd = Crowd([client], await undisturbed(client))
+        async with crowd.running_streams():
+            for _ in range(2):
+                status = await _until(client, lambda it: it.replicas[1].num_streams >= 5)
+                before = status.num_moved_streams
+                machines.cut()
+                status = await _until(client, lambda it: _num_ready(it) == 1)
+                assert status.num_moved_streams - before >= 4
+                machines.restore()
+                await _until(client, lambda it: _num_ready(it) == 2)
+        assert crowd.differences() == []
+        # The far replica has ended the requests that nobody waits for any more.
+        await _until(client, lambda it: it.num_blocks_used == 0)
