@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from rillgate_server.core.load import FROZEN_AFTER_S
 from rillgate_server.core.request import FinishReason, RejectReason
 from rillgate_server.core.step import ChoiceFinished, RequestFailed
 from rillgate_server.errors import NoReplica
 from rillgate_server.gateway.replica_link import ReplicaLink
-from rillgate_server.gateway.replica_stream import RequestRefused
+from rillgate_server.gateway.replica_stream import ReplicaStream, RequestRefused
+from rillgate_server.replica.child import EXIT_FROZEN
 from tests.replica.engine_server import make_submission, next_events, read_all, socket_directory
 
 DEADLINE_S = 30.0
@@ -37,6 +39,10 @@ SCRIPT = """
         time.sleep(0.005)  # a model's share of a step
         if fault == "broken":
             raise RuntimeError("the device is gone")
+        if fault == "frozen" and executor.num_steps == 60:
+            a_kernel_that_never_returns()
+    def a_kernel_that_never_returns():
+        time.sleep(1000)
     executor = FakeExecutor(64, 16, FakeModel(SPEC.vocab_size), before_step=before_step)
     sizes = CacheSizes(64, 1024, "float32")
     grace = "0" if fault == "impatient" else "20"
@@ -153,6 +159,38 @@ async def test_an_engine_that_keeps_failing_ends_the_process(socket: Path) -> No
                 events = await read_all(link.submit(make_submission()))
                 assert isinstance(events[-1], RequestFailed)
         assert await exit_code(process) == 1
+
+
+async def test_an_engine_that_stands_still_ends_the_process_with_every_stack(socket: Path) -> None:
+    """Steps of milliseconds, then one that never ends: exit code 3, and where it hung is said."""
+    async with replica(socket, "frozen") as process, linked(socket) as link:
+        for num_tokens in range(1, 7):  # the costs of prefill and decode become known
+            await read_all(link.submit(make_submission(*range(9 * num_tokens), max_tokens=3)))
+        stream = link.submit(make_submission(max_tokens=900, ignore_eos=True))
+        with pytest.raises(NoReplica):
+            await asyncio.wait_for(_read_to_the_end(stream), DEADLINE_S)
+        _, stderr = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+        assert process.returncode == EXIT_FROZEN
+    assert b"the engine has made no step for" in stderr
+    assert b"in a_kernel_that_never_returns" in stderr
+
+
+async def test_a_process_that_was_stopped_for_long_is_not_frozen(socket: Path) -> None:
+    """After SIGCONT the step under way is old by the clock, and the process goes on."""
+    async with replica(socket) as process, linked(socket) as link:
+        stream = link.submit(make_submission(max_tokens=900, ignore_eos=True))
+        await next_events(stream)
+        process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(FROZEN_AFTER_S + 1.0)
+        process.send_signal(signal.SIGCONT)
+        await link.wait_ready(DEADLINE_S)
+        assert await read_all(link.submit(make_submission(max_tokens=400, ignore_eos=True)))
+        assert process.returncode is None
+
+
+async def _read_to_the_end(stream: ReplicaStream) -> None:
+    while await stream.next_events():
+        pass
 
 
 async def test_a_socket_that_is_in_use_is_refused(socket: Path) -> None:

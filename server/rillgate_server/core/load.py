@@ -7,6 +7,13 @@ from dataclasses import dataclass
 
 from rillgate_server.core.request import PriorityClass
 
+FROZEN_AFTER_S = 5.0
+"""Without a finished step, with work to do, however short steps are (contracts, section 2)."""
+FROZEN_STEPS = 10.0
+"""Predicted steps without a finished one, if that is longer."""
+UNMEASURED_FROZEN_AFTER_S = 60.0
+"""While no step is predicted: the first ones compile and warm up."""
+
 
 @dataclass(frozen=True, slots=True)
 class TierLoad:
@@ -144,6 +151,18 @@ class EngineLoad:
     """Share of the device tier's blocks that no request uses, 0 to 1."""
     longest_step_s: float = 0.0
     """The longest step that the fitted costs predict; 0 until measured."""
+
+    @property
+    def frozen_after_s(self) -> float:
+        """Age of a step from which on the engine counts as frozen."""
+        if self.longest_step_s == 0.0:
+            return UNMEASURED_FROZEN_AFTER_S
+        return max(FROZEN_AFTER_S, FROZEN_STEPS * self.longest_step_s)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the engine makes no progress though it has work."""
+        return self.step_age_s > self.frozen_after_s  # 0 without work
 
 
 MAX_QUEUE_LOADS = 64

@@ -21,6 +21,7 @@ from rillgate_server.engine.engine_loop import EngineLoop
 from rillgate_server.engine.executor import Executor, PacedExecutor
 from rillgate_server.replica.doors import Doors, check_doors
 from rillgate_server.replica.engine_service import EngineService
+from rillgate_server.replica.watchdog import Watchdog
 from rillgate_server.scheduler.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ async def _serve(settings: Settings, spec: ModelSpec, sizes: CacheSizes, executo
     )
     service.attach(engine_loop)
     doors = Doors(service, settings.replica, settings.link)
+    watchdog = Watchdog(engine_loop.load, clock)
     engine_loop.start()
+    watchdog.start()
     await doors.open()
     if doors.tcp_address:
         print(f"{LISTENING} {doors.tcp_address}", flush=True)
@@ -66,6 +69,7 @@ async def _serve(settings: Settings, spec: ModelSpec, sizes: CacheSizes, executo
         return 0
     finally:
         service.close()
+        watchdog.stop()
         await doors.close(_LAST_WORDS_S)
         engine_loop.stop(_ENGINE_STOP_S)
 

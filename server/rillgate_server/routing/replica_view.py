@@ -21,12 +21,6 @@ from rillgate_server.core.welcome import Welcome
 
 LOST_AFTER_S = 1.0
 """Without a Load for this long a replica is lost (contracts, section 2)."""
-FROZEN_AFTER_S = 5.0
-"""Without a finished step, with work to do, however short steps are (contracts, section 2)."""
-FROZEN_STEPS = 10.0
-"""Predicted steps without a finished one, if that is longer."""
-UNMEASURED_FROZEN_AFTER_S = 60.0
-"""While no step is predicted: the first ones compile and warm up."""
 LOAD_LAG_S = 0.06
 """How much older than its latest step a Load may be: the engine gathers one every 50 ms, and a few
 go by on the way. A request that was sent in between counts twice for one Load, not never."""
@@ -183,13 +177,7 @@ class ReplicaView:
     @property
     def is_frozen(self) -> bool:
         """Whether its engine makes no progress though it has work."""
-        if self.load is None:
-            return False
-        predicted_s = self.load.longest_step_s
-        limit_s = max(FROZEN_AFTER_S, FROZEN_STEPS * predicted_s)
-        if predicted_s == 0.0:
-            limit_s = UNMEASURED_FROZEN_AFTER_S
-        return self.load.step_age_s > limit_s  # 0 without work
+        return self.load is not None and self.load.is_frozen
 
     @property
     def num_blocks(self) -> int:
