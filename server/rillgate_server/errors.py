@@ -138,6 +138,13 @@ class EngineFailure(RillgateError):
     """A bug of ours; the caller sees the request id, never this text."""
 
 
+class RankLost(RillgateError):
+    """A rank of a split model died, fell silent or fell out of step: this replica cannot go on.
+
+    No request's fault, so none is failed: the process ends, and what ran in it goes on elsewhere.
+    """
+
+
 # -- the operator's fault -------------------------------------------------------------------------
 
 

@@ -4,24 +4,32 @@ Small budgets and a small cache, so that chunking, preemption, swapping and pref
 happen; the planner-driven tests of the worker show that the comparison can fail.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 
-from rillgate_server.config.groups import BatcherConfig, CacheConfig
-from rillgate_server.core.clock import VirtualClock
 from rillgate_server.core.model_spec import CacheSizes
-from rillgate_server.core.request import ChoiceStart, Request
-from rillgate_server.core.sampling_params import SamplingParams
-from rillgate_server.core.step import CopyDirection, StepOutput, StepPlan, StepResult, TokenLogprobs
-from rillgate_server.engine.engine import Engine
+from rillgate_server.core.request import ChoiceStart
+from rillgate_server.core.step import CopyDirection, StepPlan, StepResult
 from rillgate_server.engine.executor import Executor
 from rillgate_server.scheduler.scheduler import Scheduler
 from tests.support.checkpoints import KINDS
-from tests.support.equality import NUM_TOKENS, first_difference, mixed_prompts
-from tests.support.reference import Reference
+from tests.support.engine_run import (
+    BATCHER,
+    CACHE,
+    MAX_LOGPROB_ERROR,
+    NUM_BLOCKS,
+    NUM_HOST_BLOCKS,
+    SWAPPING,
+    Run,
+    ask_twice,
+    differences,
+    greedy_request,
+    worst_logprob_error,
+)
+from tests.support.equality import NUM_TOKENS, mixed_prompts
 from tests.support.worker_fixtures import (
     BLOCK_SIZE,
     MakeCheckpoint,
@@ -29,29 +37,7 @@ from tests.support.worker_fixtures import (
     load_worker,
 )
 
-NUM_BLOCKS = 60
-"""The mixed batch needs 170 without sharing: choices are preempted and come back."""
-MAX_LOGPROB_ERROR = 2e-4
-
 Fault = Callable[[StepPlan], StepPlan]
-
-BATCHER = BatcherConfig(max_step_tokens=24, max_prefill_chunk_tokens=13, max_running=8)
-CACHE = CacheConfig(block_size_tokens=BLOCK_SIZE)
-SWAPPING = CacheConfig(block_size_tokens=BLOCK_SIZE, load_policy="load", audit=True)
-NUM_HOST_BLOCKS = 200
-
-
-class Recorder:
-    """An executor that keeps the plans it passes on."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self.plans: list[StepPlan] = []
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Pass a plan on."""
-        self.plans.append(plan)
-        return self._executor.execute(plan)
 
 
 class Spoiler:
@@ -66,63 +52,6 @@ class Spoiler:
         return self._executor.execute(self._fault(plan))
 
 
-@dataclass
-class Got:
-    """What came for one choice."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-
-class Run:
-    """An engine with its requests' answers."""
-
-    def __init__(self, executor: Executor, scheduler: Scheduler) -> None:
-        self.recorder = Recorder(executor)
-        self.scheduler = scheduler
-        self.clock = VirtualClock()
-        self.engine = Engine(scheduler, self.recorder, self.clock)
-        self.got: dict[tuple[int, int], Got] = {}  # (request, choice) -> answer
-
-    def add(self, request: Request) -> None:
-        """Hand a request in."""
-        assert self.scheduler.add(request, self.clock.now()) is None
-        for choice in request.choices:
-            self.got[request.request_id, choice.index] = Got(list(choice.generated_token_ids))
-
-    def step(self) -> None:
-        """Run one step and check the books."""
-        self.clock.advance(0.01)
-        self._take(self.engine.step())
-        self.scheduler.check_integrity()
-
-    def finish(self) -> None:
-        """Run until all is done."""
-        for _ in range(10_000):
-            if not self.scheduler.has_work:
-                return
-            self.step()
-        raise AssertionError("the engine does not come to an end")
-
-    def _take(self, output: StepOutput | None) -> None:
-        if output is None:
-            return
-        assert not output.failed
-        for tokens in output.tokens:
-            got = self.got[tokens.request_id, tokens.choice_index]
-            assert tokens.token_offset == len(got.tokens)
-            got.tokens.extend(tokens.token_ids)
-            got.logprobs.extend(tokens.logprobs)
-
-
-def greedy_request(
-    request_id: int, prompt: Sequence[int], choices: tuple[ChoiceStart, ...] = (ChoiceStart(0),)
-) -> Request:
-    """Ask for NUM_TOKENS tokens, whatever they are."""
-    sampling = SamplingParams(seed=request_id, temperature=0.0, num_logprobs=20)
-    return Request(request_id, tuple(prompt), choices, sampling, NUM_TOKENS)
-
-
 def make_run(
     checkpoint: MakeCheckpoint, kind: str, num_blocks: int = NUM_BLOCKS, fault: Fault | None = None
 ) -> Run:
@@ -131,36 +60,6 @@ def make_run(
     sizes = CacheSizes(num_blocks, worker.layout.block_bytes, worker.layout.kv_dtype)
     scheduler = Scheduler(BATCHER, CACHE, worker.spec, sizes)
     return Run(worker if fault is None else Spoiler(worker, fault), scheduler)
-
-
-def differences(run: Run, got: Sequence[Got], expected: Sequence[Reference]) -> list[int]:
-    """List the indices of prompts whose tokens are wrong."""
-    next_id = 10_000
-
-    def rerun(prompt: Sequence[int], given: Sequence[int]) -> list[int]:
-        nonlocal next_id
-        next_id += 1
-        run.add(greedy_request(next_id, prompt, (ChoiceStart(0, tuple(given)),)))
-        run.finish()
-        return run.got[next_id, 0].tokens
-
-    return [
-        i
-        for i, (prompt, answer, reference) in enumerate(
-            zip(mixed_prompts(), got, expected, strict=True)
-        )
-        if first_difference(prompt, answer.tokens, reference, rerun) is not None
-    ]
-
-
-def worst_logprob_error(got: Got, reference: Reference) -> float:
-    """Compare the returned alternatives with the reference's logits."""
-    expected = reference.logits.log_softmax(dim=-1)
-    return max(
-        abs(logprob - float(expected[i, token]))
-        for i, entry in enumerate(got.logprobs)
-        for token, logprob in entry.top
-    )
 
 
 @contextmanager
@@ -178,15 +77,6 @@ def swapping_run(
     scheduler = Scheduler(BATCHER, cache, worker.spec, sizes)
     with closing(worker):
         yield Run(worker if fault is None else Spoiler(worker, fault), scheduler)
-
-
-def ask_twice(run: Run, num_prompts: int) -> None:
-    """Ask every prompt, and again when the first ones are long gone from the device tier."""
-    for first_id in (0, 100):
-        for i in range(num_prompts):
-            run.add(greedy_request(first_id + i, mixed_prompts()[i]))
-            run.step()
-        run.finish()
 
 
 @pytest.mark.parametrize("kind", KINDS)

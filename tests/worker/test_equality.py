@@ -221,7 +221,7 @@ class PositionsOffByOne:
         """Shift late positions only: rotary embeddings do not notice if all are shifted."""
         return self._network.hidden(tokens, positions + (positions > 20), step)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor | None:
         """Pass on."""
         return self._network.logits(hidden)
 

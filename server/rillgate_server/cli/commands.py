@@ -73,11 +73,13 @@ def add_commands(subparsers: Subparsers) -> None:
     replica = subparsers.add_parser(
         "replica",
         help="start one replica by itself",
-        description="Runs a model behind a Unix socket or a TCP port that gateways connect to.",
+        description="Runs a model behind a Unix socket or a TCP port that gateways connect to, or "
+        "one rank of a model that is split over several processes.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_doors(replica)
+    _add_ranks(replica)
     _add_model(replica)
     _add_common(replica)
     replica.set_defaults(run=_Command("rillgate_server.replica.process", "run_replica"))
@@ -162,6 +164,20 @@ def _add_routing(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", metavar="R", help="which rank this is, 0 (the door) to K - 1")
+    parser.add_argument(
+        "--ranks",
+        metavar="K",
+        help="processes that the model is split over (1); torchrun's environment works, too",
+    )
+    parser.add_argument(
+        "--rendezvous",
+        metavar="HOST:PORT",
+        help="where the ranks meet: a free port on rank 0's machine, in a private network",
+    )
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
@@ -202,6 +218,9 @@ _FLAGS = {
     "devices": ("serve", "devices"),
     "replica_address": ("gateway", "replica_addresses"),
     "routing_policy": ("gateway", "routing_policy"),
+    "rank": ("replica", "rank"),
+    "ranks": ("replica", "tensor_parallel_size"),
+    "rendezvous": ("replica", "rendezvous"),
     "model": ("model", "path"),
     "model_name": ("model", "name"),
     "dtype": ("model", "dtype"),

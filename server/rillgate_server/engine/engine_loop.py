@@ -23,6 +23,7 @@ from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
 from rillgate_server.core.step import StepOutput
 from rillgate_server.engine.engine import Engine
+from rillgate_server.errors import RankLost
 
 MAX_FAILED_STEPS = 3
 """In a row; then the engine gives up: one fault may be a request's, three are the machine's."""
@@ -72,7 +73,8 @@ class EngineLoop:
     State, by thread:
         engine      the engine and its scheduler, `_num_failed_steps`, `_load_due_s`, `_watch_ids`
         any, locked `_load` (the latest snapshot), `_progress_s` (of the latest step, or when work
-                    came; None without work), `_is_closed` (no command will be read any more)
+                    came; None without work), `_is_closed` (no command will be read any more),
+                    `_is_given_up` (no event will be said any more)
     """
 
     def __init__(
@@ -84,8 +86,9 @@ class EngineLoop:
     ) -> None:
         """Take the engine; nothing runs before `start`.
 
-        `on_fatal` is called once on the engine thread when the loop gives up. Requests that are
-        left then get no event: they are not at fault, and go on elsewhere once this process ends.
+        `on_fatal` is called once when the loop gives up, on the engine thread or by `give_up`.
+        Requests that are left then get no event: they are not at fault, and go on elsewhere once
+        this process ends.
         """
         self._engine = engine
         self._clock = clock
@@ -99,6 +102,7 @@ class EngineLoop:
         self._idle.set()
         self._lock = Lock()
         self._is_closed = False
+        self._is_given_up = False
         self._progress_s: float | None = None
         self._load = engine.scheduler.load(clock.now())
         self._load_due_s = 0.0
@@ -174,6 +178,17 @@ class EngineLoop:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def give_up(self, error: Exception) -> None:
+        """End at once and say nothing: the process is about to end, and its requests go on
+        elsewhere (RankLost). The engine thread may be in a step that never returns."""
+        with self._lock:
+            if self._is_given_up:
+                return
+            self._is_given_up = self._is_closed = True
+        _LOG.error("the engine gives up: %s", error)
+        if self._on_fatal is not None:
+            self._on_fatal(error)
+
     def load(self) -> EngineLoad:
         """Return the load after the latest step, and how old that step is now."""
         with self._lock:
@@ -190,6 +205,8 @@ class EngineLoop:
                     self._step()
                 self._tell_blocks()
                 self._publish_load()
+        except RankLost as error:
+            self.give_up(error)
         except Exception as error:  # the border of this thread: say so, never die in silence
             _LOG.exception("the engine stops")
             try:
@@ -224,7 +241,7 @@ class EngineLoop:
             case Request():
                 rejection = self._engine.scheduler.add(command, self._clock.now())
                 if rejection is not None:
-                    self._on_event(RequestRejected(command.request_id, rejection))
+                    self._say(RequestRejected(command.request_id, rejection))
             case _Abort():
                 self._engine.scheduler.abort(command.request_id, command.choice_indices)
             case _Drain():
@@ -260,6 +277,8 @@ class EngineLoop:
         try:
             output = self._engine.step()
             self._num_failed_steps = 0
+        except RankLost:
+            raise
         except Exception as error:  # the border of the step
             _LOG.exception("a step failed")
             self._num_failed_steps += 1
@@ -267,10 +286,14 @@ class EngineLoop:
             message = f"the engine step failed ({type(error).__name__})"
             output = self._engine.scheduler.fail_plan(message, self._clock.now())
             if self._num_failed_steps >= MAX_FAILED_STEPS:
-                self._on_event(output)
+                self._say(output)
                 raise
         if output is not None:
-            self._on_event(output)
+            self._say(output)
+
+    def _say(self, event: EngineEvent) -> None:
+        if not self._is_given_up:
+            self._on_event(event)
 
     def _publish_load(self) -> None:
         """Say that the loop lives; with work, what it does is gathered now and then only."""
@@ -294,11 +317,11 @@ class EngineLoop:
         with self._lock:
             self._is_closed = True
         if message and self._engine.scheduler.has_work:
-            self._on_event(self._engine.scheduler.fail_all(message, self._clock.now()))
+            self._say(self._engine.scheduler.fail_all(message, self._clock.now()))
         while not self._commands.empty():
             command = self._commands.get_nowait()
             if isinstance(command, Request):
-                self._on_event(_refused(command))
+                self._say(_refused(command))
             elif isinstance(command, _Flush):
                 command.flushed.cancel()
         self._publish_load()

@@ -16,7 +16,8 @@ class Executor(Protocol):
         """Compute one step. May raise: the plan's requests then fail, and the next plan follows.
 
         After a plan that raised, the next one ends the slots that it started or ended once more,
-        so ending a slot that is not held must be taken well.
+        so ending a slot that is not held must be taken well. RankLost is the exception: nothing
+        follows it, the engine gives up and fails nobody.
         """
         ...
 

@@ -5,7 +5,6 @@ convert_status's. Does not know requests.
 """
 
 from collections.abc import Awaitable, Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import grpc
@@ -15,6 +14,7 @@ from rillgate_proto.v1 import control_pb2_grpc
 from rillgate_server.config.groups import GatewayConfig
 from rillgate_server.core.clock import Clock
 from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.release import release_of
 from rillgate_server.errors import InvalidRequest
 from rillgate_server.gateway.fleet import Fleet, ReplicaReport
 from rillgate_server.gateway.open_calls import OpenCalls
@@ -56,7 +56,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
     ) -> pb.GetStatusResponse:
         """Tell what the server and its replicas are doing now."""
         return pb.GetStatusResponse(
-            server_version=_server_version(),
+            server_version=release_of("rillgate"),
             uptime_s=self._clock.now() - self._began_s,
             num_open_requests=self._open_calls.num_open,
             replicas=map(_status, self._fleet.reports()),
@@ -111,10 +111,3 @@ def _status(report: ReplicaReport) -> pb.ReplicaStatus:
     if report.is_frozen:
         status.state = pb.REPLICA_STATE_FROZEN
     return status
-
-
-def _server_version() -> str:
-    try:
-        return version("rillgate")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"

@@ -1,26 +1,42 @@
-"""A replica's process: load the model, size its cache, serve it.
+"""A replica's process: load the model, size its cache, serve it; or be one rank of a split one.
 
-Does not know who started it (a supervisor or a person).
+Does not know who started it (a supervisor, torchrun or a person), nor how ranks work together
+(worker.rank_executor and its neighbours do).
 """
 
 import gc
 import logging
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rillgate_server.config.settings import Settings
+from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
+from rillgate_server.core.release import release_of
+from rillgate_server.core.step_codec import STEP_FORMAT
+from rillgate_server.errors import RankLost, RillgateError
 from rillgate_server.replica.cache_size import CacheDemand, FreeMemory, choose_cache_sizes
 from rillgate_server.replica.doors import check_doors
 from rillgate_server.replica.progress import loading_progress
-from rillgate_server.replica.serving import serve_engine
+from rillgate_server.replica.rank_place import Place, find_place
+from rillgate_server.replica.serving import EXIT_ENGINE_FAILED, serve_engine
 from rillgate_server.service.log_events import configure_logging
 from rillgate_server.worker.host_memory import spare_bytes
-from rillgate_server.worker.worker import Worker, WorkerOptions
+from rillgate_server.worker.rank_executor import RankExecutor
+from rillgate_server.worker.rank_group import RankGroup
+from rillgate_server.worker.rank_loop import run_rank
+from rillgate_server.worker.rendezvous import RankPlace
+from rillgate_server.worker.worker import DEVICE, Worker, WorkerOptions, check_ranks, resolve_dtype
+
+_RELEASES = ("rillgate", "torch", "transformers")
+"""What must be the same on all ranks: others may compute, or talk to one another, otherwise."""
 
 _log = logging.getLogger(__name__)
 
@@ -28,44 +44,160 @@ _log = logging.getLogger(__name__)
 def run_replica(settings: Settings, model_dir: Path) -> int:
     """Serve the checkpoint of `model_dir` until SIGTERM or SIGINT; return the exit code.
 
-    Raises ConfigError, CheckpointError or OutOfMemory when it cannot start.
+    A rank other than 0 serves nothing and ends with rank 0. Raises ConfigError, CheckpointError or
+    OutOfMemory when it cannot start.
     """
     configure_logging(settings.log.level)
-    check_doors(settings.replica, settings.link)
-    # On a thread that ends: torch's helper threads belong to the thread that computes, and with
-    # those of a second one alive the OpenMP runtime counts more threads than cores and lets them
-    # sleep at every barrier (a decode step then takes 33 instead of 20 ms on two cores).
-    with ThreadPoolExecutor(max_workers=1) as loading:
+    place = find_place(settings.replica, os.environ)
+    if place.is_door:
+        check_doors(settings.replica, settings.link)
+    if place.ranks == 1:
+        return _serve(settings, model_dir)
+    try:
+        return _run_split(settings, model_dir, place)
+    except RankLost as error:
+        print(f"rillgate: {error}", file=sys.stderr, flush=True)
+        return _end_lost()
+
+
+def _serve(settings: Settings, model_dir: Path) -> int:
+    """Serve a model that is whole."""
+    find_spare_bytes = partial(spare_bytes, settings.replica.max_memory_bytes)
+    with _loading() as loading:
         worker = loading.submit(_load_worker, settings, model_dir).result()
-        spec = replace(worker.spec, name=settings.model.name or worker.spec.name).with_context_of(
-            settings.model.max_context_tokens
-        )
-        sizes = loading.submit(_allocate_cache, settings, spec, worker).result()
-    # What is loaded stays: the collector need not walk it in the middle of a step, nor at the end,
-    # where it took a second for torch's and transformers' objects.
-    gc.freeze()
+        spec = _serving_spec(settings, worker.spec)
+        sizes = loading.submit(_allocate_cache, settings, spec, worker, find_spare_bytes).result()
+    _freeze()
     try:
         return serve_engine(settings, spec, sizes, worker)
     finally:
         worker.close()
 
 
-def _load_worker(settings: Settings, model_dir: Path) -> Worker:
+def _run_split(settings: Settings, model_dir: Path, place: Place) -> int:
+    """Serve a split model as rank 0, or carry out its plans as another."""
+    check_ranks(model_dir, place.ranks)
+    group = RankGroup.join(
+        RankPlace(place.rank, place.ranks, place.host, place.port, place.has_agent_store),
+        _facts(settings, model_dir, place.ranks),
+        DEVICE,
+    )
+    try:
+        run = _lead if place.rank == 0 else _follow
+        return run(settings, model_dir, group)
+    except RillgateError as error:
+        if not isinstance(error, RankLost):
+            group.refuse(str(error))
+        raise
+
+
+def _lead(settings: Settings, model_dir: Path, group: RankGroup) -> int:
+    own = _find_spare_bytes(settings, group)
+    with _loading() as loading:
+        worker = loading.submit(_load_worker, settings, model_dir, group).result()
+        executor = RankExecutor(worker, group)
+        spec = _serving_spec(settings, worker.spec)
+        sizes = loading.submit(
+            _allocate_cache, settings, spec, executor, partial(executor.least_spare_bytes, own)
+        ).result()
+    _freeze()
+    replica = replace(settings.replica, tensor_parallel_size=group.place.ranks)
+    settings = settings.model_copy(update={"replica": replica})
+    # A block of the model has parts on all ranks.
+    sizes = replace(sizes, block_bytes=sizes.block_bytes * group.place.ranks)
+    code = serve_engine(settings, spec, sizes, executor, executor.call_on_loss)
+    if code == EXIT_ENGINE_FAILED:
+        return _end_lost()
+    executor.close()
+    return code
+
+
+def _follow(settings: Settings, model_dir: Path, group: RankGroup) -> int:
+    # Rank 0 ends this one, once its streams are done: a signal to both must not end it first.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    with _loading() as loading:
+        worker = loading.submit(_load_worker, settings, model_dir, group).result()
+    _freeze()
+    rank, ranks = group.place.rank, group.place.ranks
+    run_rank(
+        worker,
+        group,
+        _find_spare_bytes(settings, group),
+        lambda: print(f"READY rank {rank} of {ranks}", flush=True),
+    )
+    return 0
+
+
+def _find_spare_bytes(settings: Settings, group: RankGroup) -> Callable[[], int]:
+    return partial(spare_bytes, settings.replica.max_memory_bytes, group.num_local)
+
+
+def _end_lost() -> int:
+    """End the process now: a thread may be in a collective that never returns, and an orderly end
+    would wait for it."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_ENGINE_FAILED)
+
+
+def _facts(settings: Settings, model_dir: Path, ranks: int) -> dict[str, str]:
+    """Return what all ranks must agree on before they load anything."""
+    spec = read_model_spec(model_dir)
+    return {
+        "ranks": str(ranks),
+        "release": ", ".join(f"{name} {release_of(name)}" for name in _RELEASES),
+        "step format": str(STEP_FORMAT),
+        "model digest": spec.version_digest,
+        "model.dtype": resolve_dtype(settings.model.dtype, spec.dtype),
+        "cache.kv_dtype": settings.cache.kv_dtype,
+        "cache.block_size_tokens": str(settings.cache.block_size_tokens),
+    }
+
+
+def _loading() -> ThreadPoolExecutor:
+    """Return a thread to load on, which ends: torch's helper threads belong to the thread that
+    computes, and with those of a second one alive the OpenMP runtime counts more threads than cores
+    and lets them sleep at every barrier (a decode step then takes 33 instead of 20 ms on two
+    cores)."""
+    return ThreadPoolExecutor(max_workers=1)
+
+
+def _freeze() -> None:
+    """Keep what is loaded out of the collector's walks, in the middle of a step and at the end,
+    where one took a second for torch's and transformers' objects."""
+    gc.freeze()
+
+
+def _serving_spec(settings: Settings, spec: ModelSpec) -> ModelSpec:
+    named = replace(spec, name=settings.model.name or spec.name)
+    return named.with_context_of(settings.model.max_context_tokens)
+
+
+def _load_worker(settings: Settings, model_dir: Path, group: RankGroup | None = None) -> Worker:
     started_s = time.monotonic()
+    num_cores = len(os.sched_getaffinity(0))
     options = WorkerOptions(
         dtype=settings.model.dtype,
-        num_threads=settings.replica.num_threads or len(os.sched_getaffinity(0)),
+        num_threads=settings.replica.num_threads
+        or max(1, num_cores // (1 if group is None else group.num_local)),
         block_size_tokens=settings.cache.block_size_tokens,
         kv_dtype=settings.cache.kv_dtype,
     )
     with loading_progress(sys.stdout, sys.stderr) as on_progress:
-        worker = Worker.load(model_dir, options, on_progress)
+        worker = Worker.load(model_dir, options, on_progress, group)
     _log.info("loaded %s in %.1f s", model_dir, time.monotonic() - started_s)
     return worker
 
 
-def _allocate_cache(settings: Settings, spec: ModelSpec, worker: Worker) -> CacheSizes:
-    free_bytes = spare_bytes(settings.replica.max_memory_bytes)
+def _allocate_cache(
+    settings: Settings,
+    spec: ModelSpec,
+    worker: Worker | RankExecutor,
+    find_free_bytes: Callable[[], int],
+) -> CacheSizes:
+    free_bytes = find_free_bytes()
     sizes = choose_cache_sizes(
         settings.cache,
         FreeMemory(free_bytes, free_bytes, is_shared=True),  # the worker computes on CPUs

@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import socket
+from collections.abc import Callable
 
 from rillgate_server.config.settings import Settings
 from rillgate_server.core.block_hash import HASH_SCHEME
@@ -33,18 +34,34 @@ _ENGINE_STOP_S = 5.0  # for the step under way
 _LAST_WORDS_S = 0.5  # for streams to end once the service is closed
 
 
-def serve_engine(settings: Settings, spec: ModelSpec, sizes: CacheSizes, executor: Executor) -> int:
+CallOnLoss = Callable[[Callable[[Exception], None]], None]
+"""Takes whom to tell, from any thread, when the executor is lost with or without a step to fail."""
+
+
+def serve_engine(
+    settings: Settings,
+    spec: ModelSpec,
+    sizes: CacheSizes,
+    executor: Executor,
+    call_on_loss: CallOnLoss | None = None,
+) -> int:
     """Serve `executor`, with a cache of `sizes`, to gateways; return the exit code.
 
-    Raises ConfigError when a door cannot be had.
+    `call_on_loss` is a split model's. Raises ConfigError when a door cannot be had.
     """
     check_doors(settings.replica, settings.link)
     if settings.replica.min_step_ms:
         executor = PacedExecutor(executor, settings.replica.min_step_ms / 1000)
-    return asyncio.run(_serve(settings, spec, sizes, executor))
+    return asyncio.run(_serve(settings, spec, sizes, executor, call_on_loss))
 
 
-async def _serve(settings: Settings, spec: ModelSpec, sizes: CacheSizes, executor: Executor) -> int:
+async def _serve(
+    settings: Settings,
+    spec: ModelSpec,
+    sizes: CacheSizes,
+    executor: Executor,
+    call_on_loss: CallOnLoss | None,
+) -> int:
     clock = SystemClock()
     service = EngineService(spec.eos_token_ids, _welcome(settings, spec, sizes), clock)
     ended = _Ending()
@@ -57,6 +74,8 @@ async def _serve(settings: Settings, spec: ModelSpec, sizes: CacheSizes, executo
     watchdog = Watchdog(engine_loop.load, clock)
     engine_loop.start()
     watchdog.start()
+    if call_on_loss is not None:
+        call_on_loss(engine_loop.give_up)
     await doors.open()
     if doors.tcp_address:
         print(f"{LISTENING} {doors.tcp_address}", flush=True)
@@ -71,7 +90,8 @@ async def _serve(settings: Settings, spec: ModelSpec, sizes: CacheSizes, executo
         service.close()
         watchdog.stop()
         await doors.close(_LAST_WORDS_S)
-        engine_loop.stop(_ENGINE_STOP_S)
+        # After a fault the thread has ended, or is in a step that never will.
+        engine_loop.stop(0.0 if ended.is_fatal else _ENGINE_STOP_S)
 
 
 class _Ending:
@@ -119,4 +139,5 @@ def _welcome(settings: Settings, spec: ModelSpec, sizes: CacheSizes) -> Welcome:
         hash_scheme=HASH_SCHEME,
         kv_dtype=sizes.kv_dtype,
         max_running=settings.batcher.max_running,
+        tensor_parallel_size=settings.replica.tensor_parallel_size,
     )

@@ -19,14 +19,15 @@ def available_bytes(cgroup: Path = _CGROUP) -> int:
     return max(0, min(free_bytes, limit - used + _page_cache_bytes(cgroup)))
 
 
-def spare_bytes(max_memory_bytes: int) -> int:
-    """Return what is available, at most what this process has left of `max_memory_bytes` (0: all).
+def spare_bytes(max_memory_bytes: int, num_sharing: int = 1) -> int:
+    """Return what is available, at most what this process has left of `max_memory_bytes`.
 
-    Processes that start side by side need a limit: each would find the same memory free.
+    0: its part of what is available, where `num_sharing` processes divide that. Processes that
+    start side by side need one or the other: each would find the same memory free.
     """
     free_bytes = available_bytes()
     if max_memory_bytes == 0:
-        return free_bytes
+        return free_bytes // num_sharing
     return max(0, min(free_bytes, max_memory_bytes - _anonymous_bytes()))
 
 

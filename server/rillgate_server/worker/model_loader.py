@@ -3,9 +3,11 @@
 Owns which file tensor goes where and in which type, and that memory suffices. The network is built
 without memory (on torch's meta device); then each tensor is read from the memory-mapped file
 straight into its place, so the peak is the weights plus one tensor. Does not know the cache,
-plans, or how the network is called.
+plans, or how the network is called; nor how a model is split (worker.sharding does): of a split
+one, each rank reads only its own slices, and has memory for nothing else.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from rillgate_server.core.checkpoint import TensorEntry, read_config, read_tenso
 from rillgate_server.errors import CheckpointError, OutOfMemory
 from rillgate_server.worker.host_memory import available_bytes
 from rillgate_server.worker.network.transformers_network import ATTENTION_NAME, rotary_modules
+from rillgate_server.worker.sharding import Sharding, TensorSplit
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -38,41 +41,90 @@ gate_up_proj [experts, 2 * intermediate, hidden] (gate first), down_proj [expert
 intermediate]."""
 
 
+_WHOLE = (slice(None),)
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where one tensor of a file goes."""
 
     target: str
     """Name of the network's tensor."""
-    part: Tensor
-    """The target, or the part of it that this tensor fills; a view."""
+    shape: tuple[int, ...]
+    """That the file's tensor must have."""
+    pieces: tuple[tuple[Tensor, tuple[slice, ...]], ...]
+    """(what is filled: the target or a view of it, with what slice of the file's tensor)."""
+
+    @property
+    def num_elements(self) -> int:
+        """That it fills."""
+        return sum(part.numel() for part, _ in self.pieces)
+
+    @property
+    def num_bytes(self) -> int:
+        """The same in bytes."""
+        return sum(part.nbytes for part, _ in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One tensor of the network: as the checkpoint has it, and as this rank has it."""
+
+    shape: tuple[int, ...]
+    """Of the whole."""
+    own: Tensor
+    """The whole, or this rank's part of it."""
+    split: TensorSplit | None
+
+    @property
+    def num_elements(self) -> int:
+        """Of its own that a file must fill; what fills a split up to equal parts is zeros."""
+        if self.split is None:
+            return self.own.numel()
+        missing = self.split.length - (self.split.last - self.split.first)
+        return self.own.numel() - missing * (self.own.numel() // max(1, self.split.length))
 
 
 def load_network(
-    model_dir: Path, dtype: torch.dtype, on_progress: Progress | None = None
+    model_dir: Path,
+    dtype: torch.dtype,
+    on_progress: Progress | None = None,
+    sharding: Sharding | None = None,
+    free_bytes: int | None = None,
 ) -> PreTrainedModel:
-    """Build and fill the network in `dtype`.
+    """Build and fill the network, or one rank's part of it, in `dtype`.
 
-    Raises CheckpointError (files, architecture, tensors that are missing, unexpected or of another
-    shape, by name) or OutOfMemory, before any weight is read where that is possible.
+    `free_bytes` are what it may take; None: what the machine has. Raises CheckpointError (files,
+    architecture, tensors that are missing, unexpected or of another shape, by name) or OutOfMemory,
+    before any weight is read where that is possible.
     """
     entries = read_tensor_entries(model_dir)
     model = _empty_network(model_dir, dtype)
     is_tied = bool(model.config.tie_word_embeddings)
-    shapes = _loaded_tensors(model)
+    shapes = {name: tuple(t.shape) for name, t in _loaded_tensors(model).items()}
     if is_tied:
         shapes.pop("lm_head.weight", None)
+    splits = {n: sharding.split_of(n, shape) if sharding else None for n, shape in shapes.items()}
     types = {name: _target_dtype(model, name, dtype) for name in shapes}
-    needed_bytes = sum(t.numel() * types[name].itemsize for name, t in shapes.items())
-    free_bytes = available_bytes()
+    own_shapes = {n: s.local_shape(shapes[n]) if s else shapes[n] for n, s in splits.items()}
+    needed_bytes = sum(math.prod(s) * types[name].itemsize for name, s in own_shapes.items())
+    free_bytes = available_bytes() if free_bytes is None else free_bytes
     if needed_bytes > free_bytes:
         raise OutOfMemory(f"loading {model_dir}", needed_bytes, free_bytes)
 
-    targets = {name: torch.empty(t.shape, dtype=types[name]) for name, t in shapes.items()}
+    targets = {
+        name: _Target(shapes[name], torch.empty(shape, dtype=types[name]), splits[name])
+        for name, shape in own_shapes.items()
+    }
     places = _place_all(model, entries, targets, is_tied=is_tied)
     _fill(places, entries, on_progress)
-    for name, tensor in targets.items():
-        _set_tensor(model, name, tensor)
+    for name, target in targets.items():
+        if target.num_elements < target.own.numel():
+            assert target.split is not None
+            target.own[target.split.last - target.split.first :].zero_()
+        if sharding is not None and sharding.is_added_by_another(name):
+            target.own.zero_()
+        _set_tensor(model, name, target.own)
     if is_tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     _rebuild_rotary(model)
@@ -134,7 +186,7 @@ def _target_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torc
 def _place_all(
     model: PreTrainedModel,
     entries: dict[str, TensorEntry],
-    targets: dict[str, Tensor],
+    targets: dict[str, _Target],
     *,
     is_tied: bool,
 ) -> dict[str, _Place]:
@@ -149,13 +201,13 @@ def _place_all(
             is_tied_head = is_tied and name == "lm_head.weight"
             if not is_tied_head and not any(pattern.search(name) for pattern in ignored):
                 unexpected.append(name)
-        elif tuple(place.part.shape) != entry.shape:
-            misshaped.append(f"{name} {list(entry.shape)} instead of {list(place.part.shape)}")
-            filled[place.target] += place.part.numel()
+        elif place.shape != entry.shape:
+            misshaped.append(f"{name} {list(entry.shape)} instead of {list(place.shape)}")
+            filled[place.target] += place.num_elements
         else:
             places[name] = place
-            filled[place.target] += place.part.numel()
-    missing = [name for name, count in filled.items() if count < targets[name].numel()]
+            filled[place.target] += place.num_elements
+    missing = [name for name, count in filled.items() if count < targets[name].num_elements]
     problems = [
         f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', …' if len(names) > 5 else ''}"
         for what, names in (
@@ -173,29 +225,61 @@ def _place_all(
     return places
 
 
-def _place(name: str, targets: dict[str, Tensor]) -> _Place | None:
+def _place(name: str, targets: dict[str, _Target]) -> _Place | None:
     """Find where one file tensor goes; None = nowhere."""
     if name in targets:
-        return _Place(name, targets[name])
+        return _place_whole(name, targets[name])
     match = _EXPERT.fullmatch(name)
     if match is None:
         return None
     experts, index, kind = match[1], int(match[2]), match[3]
-    target = f"{experts}.{'down_proj' if kind == 'down_proj' else 'gate_up_proj'}"
-    if target not in targets or index >= len(targets[target]):
+    name = f"{experts}.{'down_proj' if kind == 'down_proj' else 'gate_up_proj'}"
+    if name not in targets or index >= len(targets[name].own):
         return None
-    part = targets[target][index]
+    target = targets[name]
+    shape, part = target.shape[1:], target.own[index]
     if kind != "down_proj":
+        shape = (shape[0] // 2, *shape[1:])
         half = len(part) // 2
         part = part[:half] if kind == "gate_proj" else part[half:]
-    return _Place(target, part)
+    if target.split is None:
+        return _Place(name, shape, ((part, _WHOLE),))
+    return _Place(name, shape, ((part, _run(target.split, target.split.dim - 1)),))
+
+
+def _place_whole(name: str, target: _Target) -> _Place:
+    """Place a file's tensor that has the network's name; stacked parts of it are apart in a split.
+
+    file's      | gate rank 0 | gate rank 1 | up rank 0 | up rank 1 |     num_stacked 2
+    rank 1's    |             | gate rank 1 |           | up rank 1 |
+    """
+    split = target.split
+    if split is None:
+        return _Place(name, target.shape, ((target.own, _WHOLE),))
+    stacked = target.shape[split.dim] // split.num_stacked
+    return _Place(
+        name,
+        target.shape,
+        tuple(
+            (
+                target.own.narrow(split.dim, i * split.length, split.last - split.first),
+                _run(split, split.dim, offset=i * stacked),
+            )
+            for i in range(split.num_stacked)
+        ),
+    )
+
+
+def _run(split: TensorSplit, dim: int, offset: int = 0) -> tuple[slice, ...]:
+    """Return the index of a rank's run along `dim`."""
+    return (*(slice(None),) * dim, slice(offset + split.first, offset + split.last))
 
 
 def _fill(
     places: dict[str, _Place], entries: dict[str, TensorEntry], on_progress: Progress | None
 ) -> None:
     """Copy every file tensor to its place, file by file."""
-    total_bytes = sum(entries[name].num_bytes for name in places)
+    total_bytes = sum(place.num_bytes for place in places.values())
     done_bytes = 0
     if on_progress is not None:
         on_progress(0, total_bytes)
@@ -207,9 +291,11 @@ def _fill(
             with safe_open(path, framework="pt") as file:
                 for name in names:
                     # A view of the mapped file: pages come in while they are copied, and none
-                    # of it counts as this process's own memory.
-                    places[name].part.copy_(file.get_tensor(name))
-                    done_bytes += entries[name].num_bytes
+                    # of it counts as this process's own memory. (`get_slice` makes a copy.)
+                    stored = file.get_tensor(name)
+                    for part, index in places[name].pieces:
+                        part.copy_(stored[index])
+                    done_bytes += places[name].num_bytes
                     if on_progress is not None:
                         on_progress(done_bytes, total_bytes)
         except (SafetensorError, OSError, TypeError) as error:
@@ -222,6 +308,8 @@ def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     module = model.get_submodule(module_name)
     if attribute in module._parameters:
         setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+        if isinstance(module, nn.Linear) and attribute == "weight":
+            module.out_features, module.in_features = tensor.shape  # less than the config's
     else:
         module._buffers[attribute] = tensor
 

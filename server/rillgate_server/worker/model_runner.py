@@ -20,6 +20,7 @@ from rillgate_server.core.step import (
     StepTimes,
     TokenLogprobs,
 )
+from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.input_batch import InputBatch
 from rillgate_server.worker.kv_storage import KVStorage
@@ -73,6 +74,11 @@ class ModelRunner:
         finished = self._transfer.take_finished()
         return replace(result, finished_copies=finished) if finished else result
 
+    def note_sampled(self, sampled: SampledTokens) -> None:
+        """Note tokens that another rank sampled after this one's last plan."""
+        for slot, token_id in sampled:
+            self._batch.slot(slot).append(token_id)
+
     def close(self) -> None:
         """End the copies."""
         self._transfer.close()
@@ -90,6 +96,8 @@ class ModelRunner:
         computed = time.perf_counter()
 
         sampled = self._sample(sampling_rows, logits)
+        if logits is None:
+            sampling_rows = []
         prompt_logprobs = self._prompt_logprobs(plan.rows, hidden)
         done = time.perf_counter()
         return _result(
@@ -102,7 +110,7 @@ class ModelRunner:
 
     def _sample(self, rows: Sequence[RowPlan], logits: Tensor | None) -> list[SampledToken]:
         """Draw a token per row and note it in its slot. logits: [num_rows, vocab_size]."""
-        if logits is None:
+        if logits is None:  # no row samples, or rank 0 does
             return []
         slots = [self._batch.slot(row.slot) for row in rows]
         sampled = sample(logits, [slot.sampling for slot in slots])
@@ -138,7 +146,8 @@ class ModelRunner:
         for i in range(0, len(following), _LOGPROB_POSITIONS):
             token_ids = following[i : i + _LOGPROB_POSITIONS]
             logits = self._network.logits(hidden[i : i + len(token_ids)])
-            logprobs.extend(token_logprobs(logits, token_ids, num_top))
+            if logits is not None:
+                logprobs.extend(token_logprobs(logits, token_ids, num_top))
         return tuple(logprobs)
 
 

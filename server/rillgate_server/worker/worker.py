@@ -13,22 +13,26 @@ import torch
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import KVLayout, ModelSpec
 from rillgate_server.core.step import StepPlan, StepResult
+from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
 from rillgate_server.worker.allocator import keep_freed_memory
 from rillgate_server.worker.attention.sdpa import SdpaAttention
+from rillgate_server.worker.host_memory import available_bytes
 from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import KVTransfer
-from rillgate_server.worker.model_loader import load_network
+from rillgate_server.worker.model_loader import load_config, load_network
 from rillgate_server.worker.model_runner import ModelRunner
 from rillgate_server.worker.network.transformers_network import (
     TransformersNetwork,
     layer_cache_shapes,
 )
 from rillgate_server.worker.packed_linear import pack_linear_layers
+from rillgate_server.worker.rank_group import RankGroup
+from rillgate_server.worker.sharding import Sharding, check_split, connect_layers
 
 _log = logging.getLogger(__name__)
 
-_DEVICE = torch.device("cpu")
+DEVICE = torch.device("cpu")
 """Where networks compute."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """What a CPU computes well."""
@@ -51,7 +55,7 @@ class WorkerOptions:
 
 
 class Worker:
-    """One rank of a model. Called from one thread at a time.
+    """A model, or one rank of a split one. Called from one thread at a time.
 
     State: the network, and from `allocate_cache` on the runner with its cache and slots.
     """
@@ -75,20 +79,30 @@ class Worker:
         model_dir: Path,
         options: WorkerOptions,
         on_progress: Callable[[int, int], None] | None = None,
+        group: RankGroup | None = None,
     ) -> "Worker":
-        """Load a checkpoint; `on_progress` gets (bytes done, bytes in all).
+        """Load a checkpoint, or a rank's part of it; `on_progress` gets (bytes done, bytes in all).
 
-        Raises CheckpointError, OutOfMemory, or ConfigError for an unknown dtype.
+        Raises CheckpointError, OutOfMemory, or ConfigError for an unknown dtype or a split that
+        does not divide.
         """
         spec = read_model_spec(model_dir)
-        dtype = _resolve_dtype(options.dtype, spec.dtype)
+        dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        model = load_network(model_dir, _DTYPES[dtype], on_progress)
-        pack_linear_layers(model)
+        if group is None:
+            model = load_network(model_dir, _DTYPES[dtype], on_progress)
+            pack_linear_layers(model)
+            network, ranks = TransformersNetwork(model), 1
+        else:
+            sharding = Sharding(load_config(model_dir), group.place.rank, group.place.ranks)
+            free_bytes = available_bytes() // group.num_local
+            model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, free_bytes)
+            pack_linear_layers(model)
+            connect_layers(model, sharding, group.collectives)
+            network, ranks = TransformersNetwork(model, group.collectives), group.place.ranks
         keep_freed_memory()
-        network = TransformersNetwork(model)
-        shapes = layer_cache_shapes(model.config)
+        shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
         layout = KVLayout.build(options.block_size_tokens, kv_dtype, shapes)
         return cls(network, replace(spec, dtype=dtype), layout)
@@ -101,7 +115,7 @@ class Worker:
         `audit`: checksum blocks on their way to the host tier (plans say what must come back).
         """
         self.close()  # its memory counts as free for the new one
-        tiers = reserve_tiers(self.layout, num_device_blocks, num_host_blocks, _DEVICE)
+        tiers = reserve_tiers(self.layout, num_device_blocks, num_host_blocks, DEVICE)
         self.num_pageable_host_blocks = tiers.host.num_pageable_blocks
         self._runner = ModelRunner(
             self.network,
@@ -117,6 +131,11 @@ class Worker:
             self._runner.close()
             self._runner = None
 
+    def note_sampled(self, sampled: SampledTokens) -> None:
+        """Note tokens that rank 0 sampled after the last plan; on the other ranks."""
+        if self._runner is not None:
+            self._runner.note_sampled(sampled)
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one plan. Raises EngineFailure for one that contradicts what went before."""
         if self._runner is None:
@@ -124,7 +143,12 @@ class Worker:
         return self._runner.execute(plan)
 
 
-def _resolve_dtype(asked: str, checkpoint: str) -> str:
+def check_ranks(model_dir: Path, ranks: int) -> None:
+    """Raise ConfigError unless the checkpoint can be split so; reads no weights."""
+    check_split(load_config(model_dir), ranks)
+
+
+def resolve_dtype(asked: str, checkpoint: str) -> str:
     """Return the type to compute in."""
     dtype = asked
     if asked == "auto":

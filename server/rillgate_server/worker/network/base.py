@@ -17,6 +17,9 @@ class Network(Protocol):
         """
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Apply the output head. hidden: [num, hidden_size]. Returns [num, vocab_size]."""
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """Apply the output head. hidden: [num, hidden_size]. Returns [num, vocab_size].
+
+        Of a split model's ranks, all must call it and rank 0 alone gets the logits.
+        """
         ...

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from rillgate_server.worker.attention.base import AttentionStep
+from rillgate_server.worker.collectives import Collectives
 
 ATTENTION_NAME = "rillgate_paged"
 _STEP_ARGUMENT = "rillgate_step"
@@ -48,10 +49,12 @@ AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 class TransformersNetwork:
     """A network of transformers' modules (Network)."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Take a filled model that was built with ATTENTION_NAME."""
+    def __init__(self, model: PreTrainedModel, collectives: Collectives | None = None) -> None:
+        """Take a filled model that was built with ATTENTION_NAME; `collectives` of a split one,
+        whose layers are connected already."""
         self.model = model
         self._decoder = model.get_decoder()
+        self._collectives = collectives
 
     def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Run all layers over a packed step (Network.hidden)."""
@@ -64,25 +67,32 @@ class TransformersNetwork:
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor | None:
         """Apply the output head (Network.logits)."""
         head = self.model.get_output_embeddings()  # looked up late: layers may be replaced
         logits: Tensor = head(hidden)
-        return logits
+        if self._collectives is None:
+            return logits
+        joined = self._collectives.gather_columns(logits)
+        # Past the vocabulary lie the zeros that fill the last rank's part up.
+        return None if joined is None else joined[:, : self.model.config.vocab_size]
 
 
 def layer_cache_shapes(
-    config: PreTrainedConfig,
+    config: PreTrainedConfig, ranks: int = 1
 ) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int | None], ...]:
-    """Return per layer (key shape per token, value shape per token, window), for KVLayout.build."""
+    """Return per layer (key shape per token, value shape per token, window), for KVLayout.build.
+
+    Of one of `ranks`, which all keep equally many heads.
+    """
     if config.model_type == "deepseek_v3":
-        heads = config.num_attention_heads
+        heads = config.num_attention_heads // ranks
         key = (heads, config.qk_nope_head_dim + config.qk_rope_head_dim)
         value = (heads, config.v_head_dim)
     else:
         dim = getattr(config, "head_dim", None)
         dim = dim or config.hidden_size // config.num_attention_heads
-        key = value = (config.num_key_value_heads, dim)
+        key = value = (max(1, config.num_key_value_heads // ranks), dim)
     return tuple((key, value, _window(config, i)) for i in range(config.num_hidden_layers))
 
 

@@ -1,0 +1,240 @@
+"""How the ranks of a split model find each other, and that they agree on what they will do.
+
+Over torch's own TCPStore at HOST:PORT, hosted by rank 0, or by torchrun's agent where there is one.
+Rank 0 writes where it listens and a random key, so that nobody joins who was not at the store; each
+other rank connects twice, for plans and for heartbeats, and says what it is going to load. Does not
+know what comes after: worker.rank_group does.
+
+The store and the collectives have no authentication: the ranks' network must be a private one.
+"""
+
+import json
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed's, typed
+
+from rillgate_server.errors import ConfigError, RankLost
+from rillgate_server.worker.rank_link import RankLink
+
+JOIN_S = 300.0
+"""For all ranks to come; the same as torchrun's, since machines start at different times."""
+_HELLO_S = 5.0
+"""For somebody who connected to say who it is."""
+_MAX_HELLO_BYTES = 1 << 16
+_CONTROL = "rillgate/control"
+_PLANS, _BEATS = "plans", "beats"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+_log = logging.getLogger(__name__)
+
+Facts = Mapping[str, str]
+"""What all ranks must agree on -> this rank's."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Which rank of how many, and where they meet."""
+
+    rank: int
+    ranks: int
+    host: str
+    port: int
+    has_agent_store: bool = False
+    """torchrun's agent hosts the store already."""
+
+    @property
+    def address(self) -> str:
+        """For messages."""
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What a rank has once all have come and agree."""
+
+    store: Store
+    links: dict[int, RankLink]
+    """rank -> connection for plans: on rank 0 to all others, elsewhere to rank 0."""
+    beats: dict[int, socket.socket]
+    """The same for heartbeats."""
+    own_address: str
+    num_local: int
+    """Ranks on this machine, this one included."""
+
+
+def meet(place: RankPlace, facts: Facts, join_s: float = JOIN_S) -> Meeting:
+    """Wait for all ranks. Raises ConfigError: nobody came, the place cannot be had, or ranks
+    disagree, which names what on which rank."""
+    own_address = _own_address(place)
+    store = _open_store(place, join_s)
+    if place.rank == 0:
+        return _Host(place, facts, own_address, store).receive_all(time.monotonic() + join_s)
+    return _join(place, facts, own_address, store)
+
+
+class _Host:
+    """Rank 0, waiting for the others. State: who has come."""
+
+    def __init__(self, place: RankPlace, facts: Facts, own_address: str, store: Store) -> None:
+        self._place = place
+        self._facts = facts
+        self._own_address = own_address
+        self._store = store
+        self._links: dict[int, RankLink] = {}
+        self._beats: dict[int, socket.socket] = {}
+        self._machines: dict[int, str] = {0: _machine()}
+        self._key = secrets.token_hex(16)
+
+    def receive_all(self, deadline_s: float) -> Meeting:
+        with socket.create_server(
+            (self._own_address, 0), family=_family(self._own_address)
+        ) as door:
+            control = {"address": self._own_address, "port": door.getsockname()[1]}
+            self._store.set(_CONTROL, json.dumps(control | {"key": self._key}))
+            while len(self._links) + len(self._beats) < 2 * (self._place.ranks - 1):
+                door.settimeout(max(0.01, deadline_s - time.monotonic()))
+                try:
+                    connection, _ = door.accept()
+                except TimeoutError:
+                    raise self._missing() from None
+                self._receive(connection)
+        counts = {r: list(self._machines.values()).count(m) for r, m in self._machines.items()}
+        for rank, link in self._links.items():
+            link.send(json.dumps({"num_local": counts[rank]}).encode())
+        return Meeting(self._store, self._links, self._beats, self._own_address, counts[0])
+
+    def _receive(self, connection: socket.socket) -> None:
+        """Take in who connected, or close on a stranger."""
+        link = RankLink(connection, "a rank that joins")
+        try:
+            hello = json.loads(link.receive(_HELLO_S, _MAX_HELLO_BYTES))
+            is_known = secrets.compare_digest(str(hello["key"]), self._key)
+            rank, channel = int(hello["rank"]), hello["channel"]
+            facts, machine = hello["facts"], hello["machine"]
+        except (RankLost, ValueError, KeyError, TypeError) as error:
+            _log.warning("somebody connected who is no rank: %s", error)
+            link.close()
+            return
+        if not is_known or not 0 < rank < self._place.ranks:
+            link.close()
+            return
+        if rank in (self._links if channel == _PLANS else self._beats):
+            refusal = f"rank {rank} has come to {self._place.address} already; start each rank once"
+            link.send(json.dumps({"refused": refusal}).encode())
+            link.close()
+            return
+        self._check(rank, machine, facts, link)
+        if channel == _PLANS:
+            link.name = f"rank {rank}"
+            self._links[rank], self._machines[rank] = link, machine
+        else:
+            self._beats[rank] = connection
+
+    def _check(self, rank: int, machine: str, facts: dict[str, str], link: RankLink) -> None:
+        """Refuse a rank that was told something else than this one, and end all others with it."""
+        for name, own in self._facts.items():
+            if facts.get(name) == own:
+                continue
+            message = (
+                f"rank {rank} (on {machine}) has {name} {facts.get(name)!r}, rank 0 (on "
+                f"{_machine()}) has {own!r}; start all ranks with the same model and settings"
+            )
+            for other in (link, *self._links.values()):
+                other.send(json.dumps({"refused": message}).encode())
+            raise ConfigError(message)
+
+    def _missing(self) -> ConfigError:
+        missing = [str(r) for r in range(1, self._place.ranks) if r not in self._links]
+        return ConfigError(
+            f"replica.rendezvous is {self._place.address!r}, where rank {', '.join(missing)} of "
+            f"{self._place.ranks} did not come in time; start each with `rillgate replica --rank R "
+            f"--ranks {self._place.ranks} --rendezvous {self._place.address}`"
+        )
+
+
+def _join(place: RankPlace, facts: Facts, own_address: str, store: Store) -> Meeting:
+    """Come to rank 0, as another rank."""
+    try:
+        control = json.loads(store.get(_CONTROL))
+        plans, beats = (
+            socket.create_connection((control["address"], control["port"]), _HELLO_S)
+            for _ in range(2)
+        )
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"replica.rendezvous is {place.address!r}, but rank 0 is not to be had there: {error}"
+        ) from error
+    hello = {"key": control["key"], "rank": place.rank, "machine": _machine(), "facts": dict(facts)}
+    link = RankLink(plans, "rank 0")
+    for channel, connection in ((_PLANS, link), (_BEATS, RankLink(beats, "rank 0"))):
+        connection.send(json.dumps(hello | {"channel": channel}).encode())
+    answer = json.loads(link.receive(max_bytes=_MAX_HELLO_BYTES))
+    if "refused" in answer:
+        raise ConfigError(answer["refused"])
+    return Meeting(store, {0: link}, {0: beats}, own_address, answer["num_local"])
+
+
+def _open_store(place: RankPlace, join_s: float) -> Store:
+    """Host the store, or find it; raises ConfigError."""
+    is_host = place.rank == 0 and not place.has_agent_store
+    timeout = timedelta(seconds=join_s)
+    try:
+        descriptor = _listen(place).detach() if is_host else None
+        return TCPStore(
+            place.host,
+            place.port,
+            place.ranks,
+            is_host,
+            timeout,
+            wait_for_workers=False,
+            master_listen_fd=descriptor,
+        )
+    except (RuntimeError, OSError) as error:
+        what = "be bound" if is_host else "be reached"
+        raise ConfigError(
+            f"replica.rendezvous is {place.address!r}, which cannot {what}: "
+            f"{str(error).splitlines()[0]}; allowed: HOST:PORT, free on rank 0's machine"
+        ) from error
+
+
+def _listen(place: RankPlace) -> socket.socket:
+    """Listen at the rendezvous alone; torch's own way would listen on every interface."""
+    *_, (family, _, _, _, where) = socket.getaddrinfo(
+        place.host, place.port, type=socket.SOCK_STREAM
+    )
+    return socket.create_server(where[:2], family=family, backlog=2 * place.ranks + 16)
+
+
+def _own_address(place: RankPlace) -> str:
+    """Return this machine's address as the rendezvous sees it; sends nothing."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(
+            place.host, place.port, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(where)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(
+            f"replica.rendezvous is {place.address!r}, to which no way leads: {error}"
+        ) from error
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _machine() -> str:
+    """Name this machine; two containers are two, since each has limits of its own."""
+    try:
+        boot_id = _BOOT_ID.read_text().strip()
+    except OSError:
+        boot_id = ""
+    return f"{socket.gethostname()} {boot_id}".strip()

@@ -1,0 +1,73 @@
+"""A split model answers as the whole one, with chunks, preemption, prefix hits and both tiers.
+
+The ranks are real processes; rank 0 is this one, under the real scheduler.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from rillgate_server.core.model_spec import CacheSizes
+from rillgate_server.scheduler.scheduler import Scheduler
+from tests.support.checkpoints import KINDS
+from tests.support.engine_run import (
+    BATCHER,
+    MAX_LOGPROB_ERROR,
+    NUM_BLOCKS,
+    NUM_HOST_BLOCKS,
+    SWAPPING,
+    Run,
+    ask_twice,
+    differences,
+    worst_logprob_error,
+)
+from tests.support.ranks import RankPool, Split, split_model
+from tests.support.worker_fixtures import MakeCheckpoint, MakeReference
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    """The processes of ranks other than 0."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+def swapping_run(split: Split) -> Run:
+    """Put the scheduler over a split model with both tiers, audited."""
+    executor = split.executor
+    sizes = CacheSizes(
+        NUM_BLOCKS, executor.layout.block_bytes, executor.layout.kv_dtype, NUM_HOST_BLOCKS
+    )
+    return Run(executor, Scheduler(BATCHER, SWAPPING, executor.spec, sizes))
+
+
+SPLITS = [(kind, 2) for kind in KINDS] + [
+    ("llama", 4),  # two heads of keys and values, each on two ranks
+    ("qwen3", 4),
+    ("deepseek_v3", 4),
+]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), SPLITS)
+def test_a_split_model_gets_the_tokens_of_generate(
+    kind: str, ranks: int, pool: RankPool, checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """The prompts twice, in chunks, swapped out and in with every block audited."""
+    _, expected = reference(kind)
+    with split_model(pool, checkpoint(kind), ranks, NUM_HOST_BLOCKS) as split:
+        run = swapping_run(split)
+        ask_twice(run, len(expected))
+        load = run.scheduler.load(run.clock.now())
+        assert load.decisions.num_swap_preemptions > 0
+        assert load.num_cached_tokens > 0
+        assert load.copies.num_loaded_blocks > 20
+        assert (load.copies.num_refused_blocks, load.copies.num_failed_blocks) == (0, 0)
+        assert load.device.num_blocks_used == 0
+        assert any(not row.samples for plan in run.recorder.plans for row in plan.rows)
+        for first_id in (0, 100):
+            got = [run.got[first_id + i, 0] for i in range(len(expected))]
+            assert differences(run, got, expected) == []
+            pairs = zip(got, expected, strict=True)
+            errors = [worst_logprob_error(g, e) for g, e in pairs if g.tokens == e.tokens]
+            assert max(errors) < MAX_LOGPROB_ERROR
