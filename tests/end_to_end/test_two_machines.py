@@ -116,3 +116,42 @@ async def test_a_cut_cable_costs_a_pause(machines: TwoMachines, tmp_path: Path) 
         assert crowd.differences() == []
         # The far replica has ended the requests that nobody waits for any more.
         await _until(client, lambda it: it.num_blocks_used == 0)
+
+
+def _start_split(machines: TwoMachines, port: int) -> list["subprocess.Popen[str]"]:
+    """Start one replica whose two ranks are on different machines; rank 0 has the door."""
+    ranks = ("--ranks", "2", "--rendezvous", f"{machines.a.address}:{port}")
+    door = ("--listen", f"{machines.a.address}:{_PORT}")
+    return [
+        _start(machines.a, "replica", "--rank", "0", *ranks, *door),
+        _start(machines.b, "replica", "--rank", "1", *ranks),
+    ]
+
+
+async def test_a_replica_split_over_both_machines(machines: TwoMachines, tmp_path: Path) -> None:
+    """Its answers are right; with the cable cut both of its processes end, and started again (as a
+    supervisor would) it goes on with the streams that waited."""
+    split = _start_split(machines, 29500)
+    for rank in split:
+        await _line(rank, "^READY")
+    gateway = _start(
+        *(machines.a, "gateway", "--listen", "127.0.0.1:0"),
+        *("--replica-address", f"{machines.a.address}:{_PORT}"),
+        *("--set", "gateway.failover_wait_s=60"),
+    )
+    address = (await _line(gateway, r"^READY (\S+)")).group(1)
+    async with _client(machines.a, address, tmp_path) as client:
+        status = await _until(client, lambda it: _num_ready(it) == 1)
+        assert status.replicas[0].tensor_parallel_size == 2
+        crowd = Crowd([client], await undisturbed(client))
+        async with crowd.running_streams():
+            await crowd.wait_until(lambda: crowd.num_with_token >= 4)
+            machines.cut()
+            async with asyncio.timeout(START_S):
+                codes = [await asyncio.to_thread(rank.wait) for rank in split]
+            assert all(code != 0 for code in codes)
+            machines.restore()
+            for rank in _start_split(machines, 29501):
+                await _line(rank, "^READY")
+        assert crowd.differences() == []
+        await _until(client, lambda it: it.num_blocks_used == 0)

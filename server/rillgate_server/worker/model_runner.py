@@ -74,6 +74,7 @@ class ModelRunner:
         finished = self._transfer.take_finished()
         return replace(result, finished_copies=finished) if finished else result
 
+    @torch.inference_mode()
     def note_sampled(self, sampled: SampledTokens) -> None:
         """Note tokens that another rank sampled after this one's last plan."""
         for slot, token_id in sampled:
