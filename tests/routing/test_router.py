@@ -113,7 +113,7 @@ def test_hashes_are_those_of_the_replica(
     table = BlockTable(salt, num_shared)
     root = root_hash(welcome.model_version_digest, welcome.kv_dtype, size)
     table.extend_hashes(tokens, (len(tokens) - 1) // size, size, root)
-    assert request_hashes(request, welcome) == table.hashes
+    assert list(request_hashes(request, welcome)) == table.hashes
 
 
 def test_a_submission_is_read_whole() -> None:
@@ -130,4 +130,4 @@ def test_a_submission_is_read_whole() -> None:
     request = RouteRequest.of(submission)
     assert request == RouteRequest((1, 2, 3), (4, 5), SALT, 2, 2, 3)
     assert request.num_tokens == 6
-    assert len(request_hashes(request, replace(WELCOME, block_size_tokens=SIZE))) == 1
+    assert len(list(request_hashes(request, replace(WELCOME, block_size_tokens=SIZE)))) == 1

@@ -26,7 +26,7 @@ WELCOME = Welcome(
 COSTS = FittedCosts(step_s=0.008, prefill_token_s=0.001, decode_row_s=0.001)
 """With 8 seats a choice of 128 tokens takes 0.256 s of a full batch: as long as 256 tokens of
 prefill."""
-IDLE = EngineLoad(costs=COSTS)
+IDLE = EngineLoad(costs=COSTS, longest_step_s=0.1)
 
 
 class Cluster:
@@ -74,7 +74,7 @@ class Cluster:
         """Let a replica announce a request's full blocks, or the first of them."""
         welcome = self.view(key).welcome
         assert welcome is not None
-        self.announce(key, request_hashes(request, welcome)[:num_blocks])
+        self.announce(key, list(request_hashes(request, welcome))[:num_blocks])
 
     def choose(self, request: RouteRequest, *excluded: str) -> str | None:
         """Return where a request would go."""

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import pow
 
-from rillgate_server.core.load import FittedCosts
+from rillgate_server.core.load import EngineLoad, FittedCosts
 from rillgate_server.routing.replica_view import ReplicaView
 
 EXPECTED_TOKENS = 128
 """Of an answer, which nobody knows before its end."""
-SAME_SPEED_FRACTION = 0.85
+SAME_SPEED_FRACTION = 0.7
 """Of the fastest replica's speed: from there on a replica counts as equally fast. Fitted costs of
 equal machines differ by as much, and the one that looks best would win every tie."""
 MIN_FREE_FRACTION = 0.01
@@ -63,7 +63,7 @@ class Yardstick:
         measured = [
             (seconds, view.load.costs)
             for view in views
-            if view.load is not None and (seconds := _standard_step_s(view.load.costs)) > 0.0
+            if view.load is not None and (seconds := _standard_step_s(view.load)) > 0.0
         ]
         if not measured:
             return cls(_UNMEASURED, 0.0)
@@ -76,17 +76,17 @@ class Yardstick:
         One that has measured nothing counts as the fastest: with less it would get no requests, and
         never measure any.
         """
-        seconds = _standard_step_s(view.load.costs) if view.load is not None else 0.0
+        seconds = _standard_step_s(view.load) if view.load is not None else 0.0
         if seconds * SAME_SPEED_FRACTION <= self.best_s:
             return 1.0
         return self.best_s / seconds
 
-    def work_s(self, view: ReplicaView, num_choices: int, num_tokens: int) -> float:
-        """Predict the seconds in which a replica has done so much, with a full batch."""
+    def work_s(self, view: ReplicaView, num_prefill_tokens: int, num_decode_tokens: int) -> float:
+        """Predict the seconds in which a replica computes so much, with a full batch."""
         costs = self.costs
         seats = view.welcome.max_running if view.welcome else 1
-        choice_s = EXPECTED_TOKENS * (costs.step_s / seats + costs.decode_row_s)
-        seconds = num_choices * choice_s + num_tokens * costs.prefill_token_s
+        decode_token_s = costs.step_s / seats + costs.decode_row_s
+        seconds = num_prefill_tokens * costs.prefill_token_s + num_decode_tokens * decode_token_s
         return seconds / self.speed(view)
 
 
@@ -105,13 +105,19 @@ class Policy:
     """Whether it wants to know what is cached; that costs the hashes of the request."""
 
 
-def _predicted_work(
-    view: ReplicaView, demand: Demand, num_cached_tokens: int, yardstick: Yardstick
-) -> Score:
-    num_choices = view.num_choices + demand.num_choices
-    num_tokens = view.num_tokens_to_compute + demand.num_tokens - num_cached_tokens
-    seats = view.welcome.max_running if view.welcome else 1
-    return yardstick.work_s(view, num_choices, num_tokens), num_choices / seats
+def predicted_work(expected_tokens: int = EXPECTED_TOKENS) -> ScoreFunction:
+    """Return the score of the load: the seconds of work that a replica would have."""
+
+    def score(
+        view: ReplicaView, demand: Demand, num_cached_tokens: int, yardstick: Yardstick
+    ) -> Score:
+        num_choices = view.num_choices + demand.num_choices
+        num_tokens = view.num_tokens_to_compute + demand.num_tokens - num_cached_tokens
+        seats = view.welcome.max_running if view.welcome else 1
+        work_s = yardstick.work_s(view, num_tokens, num_choices * expected_tokens)
+        return work_s, num_choices / seats
+
+    return score
 
 
 def _nothing(
@@ -124,8 +130,8 @@ def _connections_per_weight(
     view: ReplicaView, demand: Demand, num_cached_tokens: int, yardstick: Yardstick
 ) -> Score:
     weight = node_weight(view)
-    # Among nodes without connections the one with the largest weight.
-    return view.num_open / weight, -weight
+    # Among nodes without connections the one with the largest weight; what only wavers is a tie.
+    return view.num_open / weight, -round(weight, 1)
 
 
 def node_weight(view: ReplicaView) -> float:
@@ -144,7 +150,11 @@ def node_weight(view: ReplicaView) -> float:
     )
 
 
-def _standard_step_s(costs: FittedCosts) -> float:
+def _standard_step_s(load: EngineLoad) -> float:
+    """Return 0 until a replica has measured prefill and decode both: half a sum looks fast."""
+    if load.longest_step_s == 0.0:
+        return 0.0
+    costs = load.costs
     return (
         costs.step_s
         + _STANDARD_PREFILL_TOKENS * costs.prefill_token_s
@@ -154,8 +164,8 @@ def _standard_step_s(costs: FittedCosts) -> float:
 
 POLICIES: dict[str, Policy] = {
     # name -> rule; the names of config.groups.ROUTING_POLICIES
-    "prefix": Policy(_predicted_work, uses_prefixes=True),
-    "least-load": Policy(_predicted_work),
+    "prefix": Policy(predicted_work(), uses_prefixes=True),
+    "least-load": Policy(predicted_work()),
     "round-robin": Policy(_nothing),
     "weighted-least-connections": Policy(_connections_per_weight),
 }

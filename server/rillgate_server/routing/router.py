@@ -8,16 +8,20 @@ streams or time of its own; decides and changes nothing outside.
     sent(placement, request, now) ─▶ Ticket ─▶ the request's end, or its move ─▶ ended(ticket)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from rillgate_server.core.block_hash import chained_hashes, root_hash
 from rillgate_server.core.request import NO_SALT
 from rillgate_server.core.submission import Submission
 from rillgate_server.core.welcome import Welcome
 from rillgate_server.errors import ConfigError
-from rillgate_server.routing.policies import POLICIES, Demand, Score, Yardstick
+from rillgate_server.routing.policies import POLICIES, Demand, Policy, Score, Yardstick
 from rillgate_server.routing.replica_view import ReplicaView, Ticket
+
+_STRETCH_BLOCKS = 64
+"""Of a chain that are hashed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,17 @@ class Router:
     State: the views by key, and how often something was sent.
     """
 
-    def __init__(self, policy: str) -> None:
-        """Start without replicas. Raises ConfigError for a policy that does not exist."""
-        if policy not in POLICIES:
-            allowed = ", ".join(POLICIES)
-            raise ConfigError(f"gateway.routing_policy is {policy!r}; allowed: {allowed}")
-        self._policy = POLICIES[policy]
+    def __init__(self, policy: str | Policy) -> None:
+        """Start without replicas. Raises ConfigError for a name that no policy has.
+
+        A Policy of one's own is for comparisons.
+        """
+        if isinstance(policy, str):
+            if policy not in POLICIES:
+                allowed = ", ".join(POLICIES)
+                raise ConfigError(f"gateway.routing_policy is {policy!r}; allowed: {allowed}")
+            policy = POLICIES[policy]
+        self._policy = policy
         self._views: dict[str, ReplicaView] = {}  # key -> view
         self._num_sent = 0
 
@@ -158,21 +167,38 @@ class Router:
 
     def _count_cached(self, request: RouteRequest, views: Iterable[ReplicaView]) -> dict[str, int]:
         """Return how many of the request's tokens each replica holds; equal ones share a chain."""
-        chains: dict[tuple[str, str, int], list[bytes]] = {}
-        cached: dict[str, int] = {}
+        spaces: dict[tuple[str, str, int], list[ReplicaView]] = {}
         for view in views:
             welcome = view.welcome
-            if welcome is None or not view.num_blocks:
-                continue
-            space = (welcome.model_version_digest, welcome.kv_dtype, welcome.block_size_tokens)
-            if space not in chains:
-                chains[space] = request_hashes(request, welcome)
-            cached[view.key] = view.count_leading(chains[space]) * welcome.block_size_tokens
+            if welcome is not None and view.num_blocks:
+                space = (welcome.model_version_digest, welcome.kv_dtype, welcome.block_size_tokens)
+                spaces.setdefault(space, []).append(view)
+        cached: dict[str, int] = {}
+        for (_, _, size), alike in spaces.items():
+            assert alike[0].welcome is not None
+            chain = request_hashes(request, alike[0].welcome)
+            counts = _count_leading(chain, alike)
+            cached |= {key: num_blocks * size for key, num_blocks in counts.items()}
         return cached
 
 
-def request_hashes(request: RouteRequest, welcome: Welcome) -> list[bytes]:
-    """Return the hashes of a request's full blocks as that replica computes them.
+def _count_leading(chain: Iterator[bytes], views: list[ReplicaView]) -> dict[str, int]:
+    """Return how many blocks at the beginning of a chain each view holds.
+
+    A chain is hashed no farther than the stretch where the last of them ends: that takes longer
+    than all else.
+    """
+    counts = {view.key: 0 for view in views}
+    while views and (stretch := list(islice(chain, _STRETCH_BLOCKS))):
+        found = {view.key: view.count_leading(stretch) for view in views}
+        for key, num_blocks in found.items():
+            counts[key] += num_blocks
+        views = [view for view in views if found[view.key] == len(stretch)]
+    return counts
+
+
+def request_hashes(request: RouteRequest, welcome: Welcome) -> Iterator[bytes]:
+    """Iterate over the hashes of a request's full blocks as that replica computes them.
 
     The last token is never a hit (somebody needs its logits), so neither is a block that ends with
     it: kvcache.block_table and kvcache.manager say the same.
@@ -181,8 +207,8 @@ def request_hashes(request: RouteRequest, welcome: Welcome) -> list[bytes]:
     token_ids = request.prompt_token_ids + request.generated_token_ids
     num_blocks = (len(token_ids) - 1) // size
     if num_blocks <= 0:
-        return []
+        return iter(())
     num_shared = request.num_shared_prefix_tokens // size
     salts = [NO_SALT if i < num_shared else request.cache_salt for i in range(num_blocks)]
     root = root_hash(welcome.model_version_digest, welcome.kv_dtype, size)
-    return list(chained_hashes(root, salts, token_ids[: num_blocks * size]))
+    return chained_hashes(root, salts, token_ids[: num_blocks * size])
