@@ -1,85 +1,24 @@
 """`rillgate serve` as its users run it: real processes, the bundled model, signals and crashes."""
 
 import asyncio
-import contextlib
-import os
 import re
 import signal
 import socket
-import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 
 from rillgate import AsyncClient
 from rillgate_proto.v1 import inference_pb2 as pb
 from rillgate_proto.v1 import inference_pb2_grpc
+from tests.support.served import READY, START_S, Server, serve
 
-DEADLINE_S = 100.0
-"""For a start that imports torch, on a machine that may be busy."""
+DEADLINE_S = START_S
 
 _SECRET = "RILLGATE_GATEWAY__CLUSTER_SECRET"
-_NAME = "RILLGATE_REPLICA__NAME"
-_READY = re.compile(r"rillgate: serving demo .* on (\S+) \(ready after")
 _SERVES_AGAIN = re.compile("replica-0 serves again")
-
-
-class Server:
-    """A running `rillgate serve`, and what it has written."""
-
-    def __init__(self, process: Process) -> None:
-        self.process = process
-        self.lines: list[str] = []
-        self._changed = asyncio.Condition()
-        self._reader = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        assert self.process.stderr is not None
-        while line := await self.process.stderr.readline():
-            async with self._changed:
-                self.lines.append(line.decode().rstrip())
-                self._changed.notify_all()
-
-    async def wait_line(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """Wait for a line on stderr."""
-        async with asyncio.timeout(DEADLINE_S), self._changed:
-            while True:
-                for line in self.lines:
-                    if match := pattern.search(line):
-                        return match
-                await self._changed.wait()
-
-    def children(self) -> dict[str, psutil.Process]:
-        """Map `gateway` or the replica's name -> process."""
-        found = psutil.Process(self.process.pid).children()
-        return {child.environ().get(_NAME) or child.cmdline()[3]: child for child in found}
-
-    async def wait_exit(self) -> int:
-        """Wait for the end, and for its last line."""
-        code = await asyncio.wait_for(self.process.wait(), DEADLINE_S)
-        await asyncio.wait_for(self._reader, DEADLINE_S)
-        return code
-
-
-@contextlib.asynccontextmanager
-async def serve(*flags: str) -> AsyncIterator[Server]:
-    """Start `rillgate serve` on a free port, and leave nothing behind."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "rillgate_server.cli", "serve", "--listen", "127.0.0.1:0"),
-        *flags,
-        stderr=PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        yield Server(process)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 class Caller:
@@ -126,7 +65,7 @@ async def code_of(call: Awaitable[int]) -> grpc.StatusCode:
 async def test_crashes_are_survived_and_sigterm_drains() -> None:
     """One server's life: an answer, a killed replica, a killed gateway, SIGTERM under load."""
     async with serve("--set", f"gateway.drain_grace_s={DEADLINE_S}") as server:
-        address = (await server.wait_line(_READY)).group(1)
+        address = (await server.wait_line(READY)).group(1)
         async with grpc.aio.insecure_channel(address) as channel:
             caller = Caller(channel)
             assert await caller.count_tokens(20) == 20
@@ -140,13 +79,13 @@ async def _survives_kill_of_the_replica(server: Server, caller: Caller) -> None:
     """Streams wait for its successor and get all their tokens; a new call is UNAVAILABLE meanwhile;
     the gateway's process stays.
     """
-    calls = await caller.begin(8, 1500)
+    calls = await caller.begin(8, 300)
     before = server.children()
     before["replica-0"].kill()
     await _until(caller, grpc.StatusCode.UNAVAILABLE)
     assert not [line for line in server.lines if _SERVES_AGAIN.search(line)]
     async with asyncio.timeout(DEADLINE_S):
-        assert [await call for call in calls] == [1500] * 8
+        assert [await call for call in calls] == [300] * 8
     await server.wait_line(re.compile("replica-0 died .killed by SIGKILL"))
     await server.wait_line(_SERVES_AGAIN)
     await _until(caller, grpc.StatusCode.OK)
@@ -192,7 +131,7 @@ async def _until(caller: Caller, wanted: grpc.StatusCode) -> None:
 async def test_of_two_replicas_one_is_killed_and_comes_back() -> None:
     """The other one and the gateway keep their processes; SIGTERM leaves nobody."""
     async with serve("--replicas", "2", "--devices", "cpu") as server:
-        address = (await server.wait_line(_READY)).group(1)
+        address = (await server.wait_line(READY)).group(1)
         for name in ("replica-0", "replica-1"):
             await server.wait_line(re.compile(f"{name}: cpu with . thread"))
             await server.wait_line(re.compile(f"{name} serves$"))
@@ -208,7 +147,7 @@ async def test_of_two_replicas_one_is_killed_and_comes_back() -> None:
         server.process.send_signal(signal.SIGTERM)
         assert await server.wait_exit() == 0
         assert not [child for child in after.values() if child.is_running()]
-        assert len([line for line in server.lines if _READY.search(line)]) == 1
+        assert len([line for line in server.lines if READY.search(line)]) == 1
 
 
 async def test_two_tiers_are_served_as_configured() -> None:
@@ -218,7 +157,7 @@ async def test_two_tiers_are_served_as_configured() -> None:
         *("cache.device_memory=300KB", "cache.host_memory=2MB", "cache.load_policy=load"),
     )
     async with serve(*(part for setting in settings for part in ("--set", setting))) as server:
-        address = (await server.wait_line(_READY)).group(1)
+        address = (await server.wait_line(READY)).group(1)
         async with grpc.aio.insecure_channel(address) as channel, AsyncClient(address) as client:
             caller = Caller(channel)
             calls = [caller.count_tokens(150, summand=summand) for summand in range(6)]
