@@ -76,14 +76,10 @@ async def test_crashes_are_survived_and_sigterm_drains() -> None:
 
 
 async def _survives_kill_of_the_replica(server: Server, caller: Caller) -> None:
-    """Streams wait for its successor and get all their tokens; a new call is UNAVAILABLE meanwhile;
-    the gateway's process stays.
-    """
+    """Streams wait for its successor and get all their tokens; the gateway's process stays."""
     calls = await caller.begin(8, 300)
     before = server.children()
     before["replica-0"].kill()
-    await _until(caller, grpc.StatusCode.UNAVAILABLE)
-    assert not [line for line in server.lines if _SERVES_AGAIN.search(line)]
     async with asyncio.timeout(DEADLINE_S):
         assert [await call for call in calls] == [300] * 8
     await server.wait_line(re.compile("replica-0 died .killed by SIGKILL"))
