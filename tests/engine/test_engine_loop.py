@@ -14,6 +14,7 @@ from rillgate_server.core.step import StepOutput, StepPlan
 from rillgate_server.engine.engine import Engine
 from rillgate_server.engine.engine_loop import EngineEvent, EngineLoop
 from rillgate_server.engine.testing import FakeExecutor
+from rillgate_server.errors import RankLost
 from tests.support.answers import MODEL, Answers, reference_answer
 from tests.support.engine import Limits, make_request
 
@@ -219,6 +220,40 @@ def test_three_failed_steps_in_a_row_end_the_engine() -> None:
         assert not harness.rejected
         harness.submit(make_request(9))
         assert harness.rejected[9].rejection.reason is RejectReason.DRAINING
+
+
+def test_a_lost_rank_ends_the_engine_at_once_and_nobody_is_failed() -> None:
+    """No event for any request, of the step or not: they go on elsewhere; the end is told once."""
+
+    def lose(plan: StepPlan) -> None:
+        raise RankLost("rank 1 is gone")
+
+    with running(Limits(max_running=1), lose) as harness:
+        harness.submit(make_request(1))
+        harness.submit(make_request(2))
+        assert harness.fatal_event.wait(WAIT_S)
+        assert str(harness.fatal) == "rank 1 is gone"
+        harness.fatal = None
+        harness.loop.give_up(RankLost("the watch says so, too"))
+    assert harness.fatal is None
+    assert [answer.failure for answer in harness.answers.of.values()] == [None, None]
+    assert not harness.rejected
+
+
+def test_an_engine_in_a_step_that_never_returns_can_be_given_up() -> None:
+    """The end is told from the caller's thread, and what the step gives in the end is not said."""
+    gate = Gate(at_step=2)
+    with running(SMALL, gate) as harness:
+        harness.submit(make_request(1, max_tokens=100))
+        assert gate.begun.wait(WAIT_S)
+        num_tokens = sum(map(len, harness.answers.of[1].tokens.values()))
+        harness.loop.give_up(RankLost("rank 1 hangs"))
+        assert str(harness.fatal) == "rank 1 hangs"
+        harness.submit(make_request(2))
+        assert harness.rejected.keys() == {2}
+        gate.open.set()
+    assert sum(map(len, harness.answers.of[1].tokens.values())) == num_tokens
+    assert harness.answers.of[1].failure is None
 
 
 def test_stopping_ends_after_the_step_under_way_and_answers_everybody() -> None:

@@ -27,20 +27,23 @@ from tests.support.worker_fixtures import MakeCheckpoint, MakeReference
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    """The processes of ranks other than 0."""
+    """Where ranks other than 0 come from."""
     pool = RankPool()
     yield pool
     pool.close()
 
 
-def swapping_run(split: Split) -> Run:
+def swapping_run(split: Split, num_blocks: int) -> Run:
     """Put the scheduler over a split model with both tiers, audited."""
     executor = split.executor
     sizes = CacheSizes(
-        NUM_BLOCKS, executor.layout.block_bytes, executor.layout.kv_dtype, NUM_HOST_BLOCKS
+        num_blocks, executor.layout.block_bytes, executor.layout.kv_dtype, NUM_HOST_BLOCKS
     )
     return Run(executor, Scheduler(BATCHER, SWAPPING, executor.spec, sizes))
 
+
+SIZES = {2: (12, NUM_BLOCKS), 4: (6, 20)}
+"""Ranks -> (prompts, blocks of the device tier): four on two cores wait for each other much."""
 
 SPLITS = [(kind, 2) for kind in KINDS] + [
     ("llama", 4),  # two heads of keys and values, each on two ranks
@@ -54,9 +57,11 @@ def test_a_split_model_gets_the_tokens_of_generate(
     kind: str, ranks: int, pool: RankPool, checkpoint: MakeCheckpoint, reference: MakeReference
 ) -> None:
     """The prompts twice, in chunks, swapped out and in with every block audited."""
+    num_prompts, num_blocks = SIZES[ranks]
     _, expected = reference(kind)
-    with split_model(pool, checkpoint(kind), ranks, NUM_HOST_BLOCKS) as split:
-        run = swapping_run(split)
+    expected = expected[:num_prompts]
+    with split_model(pool, checkpoint(kind), ranks, num_blocks, NUM_HOST_BLOCKS) as split:
+        run = swapping_run(split, num_blocks)
         ask_twice(run, len(expected))
         load = run.scheduler.load(run.clock.now())
         assert load.decisions.num_swap_preemptions > 0

@@ -1,11 +1,12 @@
 """Ranks of a split model in processes of their own, with rank 0 in the test's.
 
-Importing torch and transformers takes seconds, so the processes stay, and each join starts another
-group in them. `python -m tests.support.ranks` is what such a process runs.
+Importing torch and transformers takes seconds, so one process does it, and forks each rank.
+`python -m tests.support.ranks` is what that process runs.
 """
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,14 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from rillgate_server.core.step import CopyDirection
+from rillgate_server.core.step import CopyDirection, StepPlan, StepResult
 from rillgate_server.errors import RankLost
-from rillgate_server.worker import worker as worker_module
+from rillgate_server.worker.collectives import Collectives
 from rillgate_server.worker.host_memory import available_bytes
-from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import BlockCopier, Pairs
 from rillgate_server.worker.rank_executor import RankExecutor
 from rillgate_server.worker.rank_group import RankGroup
@@ -42,11 +44,31 @@ def free_port() -> int:
 
 
 class RankProcess:
-    """A process that becomes a rank, again and again."""
+    """A process that is one rank of one group."""
+
+    def __init__(self, pool: "RankPool", pid: int) -> None:
+        """Use `RankPool.start`."""
+        self._pool = pool
+        self.pid = pid
+
+    def send(self, number: int) -> None:
+        """Send it a signal; it may have ended."""
+        os.kill(self.pid, number)  # a zombie until it is waited for, so never somebody else
+
+    def wait(self) -> int:
+        """Wait for its end; return the exit code, minus the signal's number."""
+        return self._pool.ask(wait=self.pid)
+
+
+class RankPool:
+    """A process that has imported everything and forks a rank whenever one is asked for.
+
+    It has computed nothing yet, so it has no threads that a fork would lose.
+    """
 
     def __init__(self) -> None:
         """Start it; it imports what it needs meanwhile."""
-        self.process = subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.ranks"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -54,40 +76,22 @@ class RankProcess:
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])},
         )
 
-    def become(self, **order: object) -> None:
-        """Make it join a group."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
+    def start(self, **order: object) -> RankProcess:
+        """Start a rank that joins a group."""
+        return RankProcess(self, self.ask(start=order))
 
-    def answer(self) -> str:
-        """Wait for its word on the last group: `ended`, or why it could not."""
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def end(self) -> None:
-        """Kill it, if it still runs."""
-        self.process.kill()
-        self.process.communicate()
-
-
-@dataclass
-class RankPool:
-    """The processes, as many as the largest group so far needed."""
-
-    processes: list[RankProcess] = field(default_factory=list)
-
-    def take(self, num: int) -> list[RankProcess]:
-        """Return so many that live."""
-        self.processes = [it for it in self.processes if it.process.poll() is None]
-        while len(self.processes) < num:
-            self.processes.append(RankProcess())
-        return self.processes[:num]
+    def ask(self, **question: object) -> int:
+        """Give the process something to do, and return its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
 
     def close(self) -> None:
-        """End all of them."""
-        for process in self.processes:
-            process.end()
+        """End it; all of its ranks were waited for."""
+        self._process.kill()
+        self._process.communicate()
 
 
 @dataclass
@@ -100,27 +104,42 @@ class Split:
     ranks: list[RankProcess]
     lost: "Future[RankLost]"
     """Done when the watch has noticed a loss."""
+    codes: list[int] = field(default_factory=list)
+    """The other ranks' exit codes, once they were let go."""
 
-    def execute_in_thread(self, plan: object) -> "Future[object]":
+    def execute_in_thread(self, plan: StepPlan) -> "Future[StepResult]":
         """Execute a plan that may hang for ever."""
-        result: Future[object] = Future()
+        result: Future[StepResult] = Future()
 
         def run() -> None:
             try:
-                result.set_result(self.executor.execute(plan))  # type: ignore[arg-type]
+                result.set_result(self.executor.execute(plan))
             except Exception as error:  # for the test to look at
                 result.set_exception(error)
 
         Thread(target=run, daemon=True).start()
         return result
 
+    def let_go(self) -> None:
+        """Do what the end of rank 0's process does, wake who was stopped, and wait for the end."""
+        self.worker.close()
+        for link in self.group.links.values():
+            link.close()
+        self.group._watch.stop()
+        self.group._watch.close()
+        for rank in self.ranks:
+            rank.send(signal.SIGCONT)
+        self.codes = [rank.wait() for rank in self.ranks]
+        self.group.collectives.close()
+
 
 def join(pool: RankPool, path: Path, ranks: int, **order: object) -> Split:
     """Load a checkpoint over `ranks` processes, this one rank 0; `order` changes what others do."""
     port = free_port()
-    others = pool.take(ranks - 1)
-    for i, process in enumerate(others):
-        process.become(path=str(path), rank=i + 1, ranks=ranks, port=port, **order)
+    others = [
+        pool.start(path=str(path), rank=rank, ranks=ranks, port=port, **order)
+        for rank in range(1, ranks)
+    ]
     group = RankGroup.join(RankPlace(0, ranks, "127.0.0.1", port), {}, DEVICE, WAIT_S)
     lost: Future[RankLost] = Future()
     group.call_on_loss(lost.set_result)
@@ -130,28 +149,52 @@ def join(pool: RankPool, path: Path, ranks: int, **order: object) -> Split:
 
 @contextmanager
 def split_model(
-    pool: RankPool, path: Path, ranks: int, num_host_blocks: int = 0, **order: object
+    pool: RankPool,
+    path: Path,
+    ranks: int = 2,
+    num_blocks: int = 60,
+    num_host_blocks: int = 0,
+    **order: object,
 ) -> Iterator[Split]:
-    """Give a split model with a small cache, and end it in good order."""
+    """Give a split model with a small cache, and end it in good order unless a rank is lost."""
     split = join(pool, path, ranks, **order)
     split.executor.least_spare_bytes(available_bytes)
-    split.executor.allocate_cache(60, num_host_blocks, bool(num_host_blocks))
+    split.executor.allocate_cache(num_blocks, num_host_blocks, bool(num_host_blocks))
     try:
         yield split
     finally:
         if split.lost.done():
-            split.worker.close()
+            split.let_go()
         else:
             split.executor.close()
-            assert [process.answer() for process in split.ranks] == ["ended"] * (ranks - 1)
+            assert [rank.wait() for rank in split.ranks] == [0] * (ranks - 1)
 
 
 def _options() -> WorkerOptions:
     return WorkerOptions(dtype="float32", num_threads=1, block_size_tokens=BLOCK_SIZE)
 
 
-class SpoiltCopier:
-    """A copier that never ends copies, or fails them."""
+class FaultyCollectives:
+    """Collectives of a rank that gets a signal in the middle of a step."""
+
+    def __init__(self, collectives: Collectives, at: int, number: int) -> None:
+        """Raise signal `number` instead of entering the collective `at`, counted from 0."""
+        self._collectives = collectives
+        self._at = at
+        self._number = number
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._collectives, name)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum, or not."""
+        if self._collectives.num_entered == self._at:
+            os.kill(os.getpid(), self._number)
+        return self._collectives.all_reduce(tensor)
+
+
+class FaultyCopier:
+    """A copier whose process may die, that may raise, or leave pairs of source 0 out."""
 
     def __init__(self, copier: BlockCopier, fault: str) -> None:
         self._copier = copier
@@ -162,31 +205,64 @@ class SpoiltCopier:
 
     def copy(self, direction: CopyDirection, pairs: Pairs) -> None:
         """Copy, in a way."""
-        if self._fault == "endless":
-            Future[None]().result()
-        if self._fault == "broken":
+        if self._fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._fault == "raise":
             raise RuntimeError("the bus is broken")
-        self._copier.copy(direction, [(s, t) for s, t in pairs if s != 0])
+        if self._fault == "leave out":
+            pairs = [(source, target) for source, target in pairs if source != 0]
+        self._copier.copy(direction, pairs)
+
+
+class FaultyWorker(Worker):
+    """A worker whose copies or steps may have a fault."""
+
+    copies = ""
+    raises_at = -1
+    """Step that raises here and nowhere else."""
+
+    def allocate_cache(
+        self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
+    ) -> None:
+        """Reserve the cache, and put the fault in."""
+        super().allocate_cache(num_device_blocks, num_host_blocks, audit)
+        assert self._runner is not None
+        transfer = self._runner._transfer
+        transfer._copier = FaultyCopier(transfer._copier, self.copies)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one plan, or not."""
+        if plan.step_id == self.raises_at:
+            raise ValueError("this rank alone")
+        return super().execute(plan)
+
+
+def _become(order: dict[str, Any]) -> None:
+    place = RankPlace(order["rank"], order["ranks"], "127.0.0.1", order["port"])
+    group = RankGroup.join(place, {}, DEVICE, WAIT_S)
+    if "signal" in order:
+        group.collectives = FaultyCollectives(  # type: ignore[assignment]
+            group.collectives, order["at"], order["signal"]
+        )
+    worker = FaultyWorker.load(Path(order["path"]), _options(), group=group)
+    assert isinstance(worker, FaultyWorker)
+    worker.copies = order.get("copies", "")
+    worker.raises_at = order.get("raises_at", -1)
+    run_rank(worker, group, available_bytes, lambda: None)
 
 
 def main() -> None:
-    """Become ranks, as stdin says."""
+    """Fork ranks, and wait for their ends, as stdin says."""
     for line in sys.stdin:
-        order = json.loads(line)
-        place = RankPlace(order["rank"], order["ranks"], "127.0.0.1", order["port"])
-        group = RankGroup.join(place, {}, DEVICE, WAIT_S)
-        fault = order.get("copies")
-
-        def reserve(*arguments: object, fault: str | None = fault) -> BlockCopier:
-            copier = reserve_tiers(*arguments)  # type: ignore[arg-type]
-            return copier if fault is None else SpoiltCopier(copier, fault)
-
-        worker_module.reserve_tiers = reserve  # type: ignore[attr-defined, assignment]
-        worker = Worker.load(Path(order["path"]), _options(), group=group)
-        run_rank(worker, group, available_bytes, lambda: None)
-        print("ended", flush=True)
+        question = json.loads(line)
+        if "wait" in question:
+            answer = os.waitstatus_to_exitcode(os.waitpid(question["wait"], 0)[1])
+        elif not (answer := os.fork()):
+            torch.set_num_threads(1)
+            _become(question["start"])
+            return
+        print(answer, flush=True)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

@@ -78,7 +78,7 @@ def _run_split(settings: Settings, model_dir: Path, place: Place) -> int:
     """Serve a split model as rank 0, or carry out its plans as another."""
     check_ranks(model_dir, place.ranks)
     group = RankGroup.join(
-        RankPlace(place.rank, place.ranks, place.host, place.port, place.has_agent_store),
+        RankPlace(place.rank, place.ranks, place.host, place.port, place.agent_attempt),
         _facts(settings, model_dir, place.ranks),
         DEVICE,
     )

@@ -21,8 +21,9 @@ class Place:
     ranks: int = 1
     host: str = ""
     port: int = 0
-    has_agent_store: bool = False
-    """torchrun's agent hosts the store at the address already."""
+    agent_attempt: str = ""
+    """Where torchrun's agent hosts the store at the address already: which of its starts of the
+    workers this is."""
 
     @property
     def is_door(self) -> bool:
@@ -59,12 +60,15 @@ def _from_torchrun(environment: Mapping[str, str]) -> Place:
             "not set; allowed: all of " + ", ".join(_VARIABLES) + ", as torchrun sets them"
         )
     size = _number("WORLD_SIZE", environment["WORLD_SIZE"], 1, 1024)
+    attempt = ""
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Place(
         _number("RANK", environment["RANK"], 0, size - 1),
         size,
         environment["MASTER_ADDR"],
         _number("MASTER_PORT", environment["MASTER_PORT"], 1, 65535),
-        environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt,
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed's, typed
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, typed
 
 from rillgate_server.errors import ConfigError, RankLost
 from rillgate_server.worker.rank_link import RankLink
@@ -28,7 +28,7 @@ JOIN_S = 300.0
 _HELLO_S = 5.0
 """For somebody who connected to say who it is."""
 _MAX_HELLO_BYTES = 1 << 16
-_CONTROL = "rillgate/control"
+_CONTROL = "control"
 _PLANS, _BEATS = "plans", "beats"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -46,8 +46,9 @@ class RankPlace:
     ranks: int
     host: str
     port: int
-    has_agent_store: bool = False
-    """torchrun's agent hosts the store already."""
+    agent_attempt: str = ""
+    """Not empty: torchrun's agent hosts the store, and keeps it over restarts; which start this
+    is."""
 
     @property
     def address(self) -> str:
@@ -183,11 +184,11 @@ def _join(place: RankPlace, facts: Facts, own_address: str, store: Store) -> Mee
 
 def _open_store(place: RankPlace, join_s: float) -> Store:
     """Host the store, or find it; raises ConfigError."""
-    is_host = place.rank == 0 and not place.has_agent_store
+    is_host = place.rank == 0 and not place.agent_attempt
     timeout = timedelta(seconds=join_s)
     try:
         descriptor = _listen(place).detach() if is_host else None
-        return TCPStore(
+        store = TCPStore(
             place.host,
             place.port,
             place.ranks,
@@ -196,6 +197,7 @@ def _open_store(place: RankPlace, join_s: float) -> Store:
             wait_for_workers=False,
             master_listen_fd=descriptor,
         )
+        return PrefixStore(f"rillgate/{place.agent_attempt}", store)
     except (RuntimeError, OSError) as error:
         what = "be bound" if is_host else "be reached"
         raise ConfigError(
