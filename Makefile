@@ -6,7 +6,7 @@ SETUP_DONE := .venv/.setup-done
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-long lint fmt proto bench bench-kv gpu-check clean
+.PHONY: help setup demo demo-failover test test-long lint fmt proto bench bench-kv bench-replicas gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ gpu-check: setup ## check and measure what needs an NVIDIA GPU; says what it ski
 
 bench-kv: setup ## measure the two-tier cache and the control plane; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.kv_cache.compare && $(BIN)/python -m benchmarks.control_plane
+
+bench-replicas: setup ## measure replicas: throughput, failover, routing; writes benchmarks/results/
+	@$(BIN)/python -m benchmarks.replicas.compare
 
 clean: ## remove caches and build output (keeps .venv)
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

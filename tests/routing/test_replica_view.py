@@ -110,6 +110,24 @@ def test_it_is_frozen_by_the_length_of_its_steps(
 # -- what was sent since the last Load ------------------------------------------------------------
 
 
+def test_what_ended_since_the_load_counts_no_more() -> None:
+    """Or a replica that is done would look busy until its next Load, and get nothing new."""
+    view = connected()
+    told_of, new = Ticket("a", 2, 10, 100.0), Ticket("a", 1, 10, 100.3)
+    view.sent(told_of)
+    view.heard_load(replace(IDLE, num_running=5), 100.2)
+    view.sent(new)
+    assert view.num_choices == 6
+    view.ended(new)
+    view.ended(new)
+    assert view.num_choices == 5, "the Load did not count it"
+    view.ended(told_of)
+    view.ended(told_of)
+    assert view.num_choices == 3, "the others are somebody else's"
+    view.heard_load(replace(IDLE, num_running=3), 100.4)
+    assert view.num_choices == 3, "the next Load knows"
+
+
 def test_what_was_sent_counts_until_a_load_can_know_of_it() -> None:
     """A Load tells of the time of its latest step: what came during the step is not in it."""
     view = connected()

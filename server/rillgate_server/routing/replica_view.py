@@ -5,12 +5,14 @@ of a chain of hashes, how much it has to do by now. Does not know connections (i
 what came and what broke), other replicas, or who is preferred.
 
 A Load is a few hundred milliseconds old before the next one comes. What was sent meanwhile is added
-to it, or a burst would all go to the replica that was idle last:
+to it, or a burst would all go to the replica that was idle last; and what ended meanwhile is taken
+off, or the replica that is done first would get nothing new:
 
                       as of                     came
     ───────────────────┼──────────────────────────┼──────────────────▶ time
       in the Load      │       step_age_s         │
                        ├──── sent here: not in the Load, so added ────▶
+                                                  ├─ ended here: taken off ─▶
 """
 
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ class ReplicaView:
 
     State: welcome (None: not connected), load (None: none came yet) and when it came; the tiers
     that hold each announced hash, and the last event's number; open tickets, those of them that
-    the load does not count yet, and their sums.
+    the load does not count yet, and their sums; the choices that it counts and that have ended.
     """
 
     def __init__(self, key: str) -> None:
@@ -63,6 +65,7 @@ class ReplicaView:
         self._uncounted: dict[Ticket, None] = {}  # oldest first
         self._num_uncounted_choices = 0
         self._num_uncounted_tokens = 0
+        self._num_ended_choices = 0
 
     def __repr__(self) -> str:
         return (
@@ -89,7 +92,7 @@ class ReplicaView:
         self._blocks = {}
         self._open.clear()
         self._uncounted.clear()
-        self._num_uncounted_choices = self._num_uncounted_tokens = 0
+        self._num_uncounted_choices = self._num_uncounted_tokens = self._num_ended_choices = 0
 
     def told_to_drain(self) -> None:
         """Send nothing there until it connects anew, whatever its Loads say."""
@@ -99,6 +102,7 @@ class ReplicaView:
         """Take a Load that came now."""
         self.load = load
         self._heard_s = now
+        self._num_ended_choices = 0
         as_of_s = now - load.step_age_s - LOAD_LAG_S
         for ticket in list(self._uncounted):
             if ticket.sent_s > as_of_s:
@@ -149,7 +153,10 @@ class ReplicaView:
 
     def ended(self, ticket: Ticket) -> None:
         """Count a request no more, whatever its end. Idempotent."""
-        self._open.pop(ticket, None)
+        if ticket in self._open:
+            del self._open[ticket]
+            if ticket not in self._uncounted:
+                self._num_ended_choices += ticket.num_choices
         self._count(ticket)
 
     def _count(self, ticket: Ticket) -> None:
@@ -204,7 +211,7 @@ class ReplicaView:
         """Choices that run or wait there by now, everybody's."""
         load = self.load
         told = load.num_running + load.num_loading + load.num_waiting if load else 0
-        return told + self._num_uncounted_choices
+        return max(0, told - self._num_ended_choices) + self._num_uncounted_choices
 
     @property
     def num_tokens_to_compute(self) -> int:
