@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TypeAlias
 
 from rillgate_server.cli.model_source import resolve_model
@@ -33,6 +34,8 @@ class _Command:
     module: str
     function: str
     needs_addresses: bool = False
+    ray_module: str = ""
+    """Which has the function for serve.cluster = ray."""
 
     def __call__(self, args: argparse.Namespace) -> int:
         """Read the settings, find the model, run."""
@@ -43,15 +46,26 @@ class _Command:
                     "gateway.replica_addresses is empty; allowed: at least one "
                     "(--replica-address ADDRESS)"
                 )
-            run: Callable[[Settings, Path], int] = getattr(
-                importlib.import_module(self.module), self.function
-            )
+            run: Callable[[Settings, Path], int] = getattr(self._import(settings), self.function)
             return run(settings, model_dir)
         except RillgateError as error:
             print(f"rillgate: {error}", file=sys.stderr, flush=True)
             return EXIT_OPERATOR
         except KeyboardInterrupt:
             return 130
+
+    def _import(self, settings: Settings) -> ModuleType:
+        if not self.ray_module or settings.serve.cluster != "ray":
+            return importlib.import_module(self.module)
+        try:
+            return importlib.import_module(self.ray_module)
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            raise ConfigError(
+                "serve.cluster is ray, and the package ray is not installed; allowed: local, or "
+                "`pip install 'rillgate[server,ray]'`"
+            ) from error
 
 
 def add_commands(subparsers: Subparsers) -> None:
@@ -69,7 +83,13 @@ def add_commands(subparsers: Subparsers) -> None:
     _add_routing(serve)
     _add_model(serve)
     _add_common(serve)
-    serve.set_defaults(run=_Command("rillgate_server.replica.serve", "run_serve"))
+    serve.set_defaults(
+        run=_Command(
+            "rillgate_server.replica.serve",
+            "run_serve",
+            ray_module="rillgate_server.replica.ray_serve",
+        )
+    )
     replica = subparsers.add_parser(
         "replica",
         help="start one replica by itself",
@@ -150,6 +170,14 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="cuda:0,cuda:1,… or cpu (auto: all CUDA devices, or the CPU)",
     )
+    parser.add_argument(
+        "--cluster",
+        choices=("local", "ray"),
+        help="start replicas on this machine (local) or on any of a Ray cluster",
+    )
+    parser.add_argument(
+        "--ray-address", metavar="HOST:PORT", help="the cluster (auto: this machine's)"
+    )
 
 
 def _add_routing(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +244,8 @@ _FLAGS = {
     "replicas": ("serve", "num_replicas"),
     "tensor_parallel": ("replica", "tensor_parallel_size"),
     "devices": ("serve", "devices"),
+    "cluster": ("serve", "cluster"),
+    "ray_address": ("serve", "ray_address"),
     "replica_address": ("gateway", "replica_addresses"),
     "routing_policy": ("gateway", "routing_policy"),
     "rank": ("replica", "rank"),

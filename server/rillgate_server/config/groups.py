@@ -272,10 +272,22 @@ class ServeConfig:
     devices: str = "auto"
     """Devices that replicas and ranks are put on, in order, by commas (`cuda:0,cuda:1`, `cpu`);
     auto: all CUDA devices, or the CPU."""
+    cluster: str = "local"
+    """Where replicas are started: local (this machine) or ray (any machine of a Ray cluster; needs
+    the extra `ray` and the checkpoint at the same path everywhere)."""
+    ray_address: str = "auto"
+    """Of the Ray cluster: auto (the one that this machine is part of), HOST:PORT of its head, or
+    local (a cluster of this machine alone, for trying out)."""
+    ray_lease_s: float = 5.0
+    """Time without a word from here after which a machine of the Ray cluster kills its replica, and
+    a second more until another takes its place, 1 to 3600 s. Higher: longer cuts of the network are
+    survived in place, and lost replicas come back later."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
         _check("serve.num_replicas", self.num_replicas, 0, 256)
+        _check_choice("serve.cluster", self.cluster, ("local", "ray"))
+        _check("serve.ray_lease_s", self.ray_lease_s, 1, 3600)
 
 
 @dataclass(frozen=True, slots=True)

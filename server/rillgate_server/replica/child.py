@@ -4,6 +4,7 @@ Owns the process, the words it says on stdout and its last lines of stderr. Does
 child does, nor when to start it again (the supervisor does).
 
     PROGRESS DONE TOTAL     bytes, while it loads
+    LISTENING HOST:PORT     before READY, where it has a TCP door
     READY TEXT              once it serves; the text is for people
 """
 
@@ -27,6 +28,7 @@ EXIT_FROZEN = 3
 """What a replica's watchdog exits with when the engine makes no progress."""
 
 READY = "READY"
+LISTENING = "LISTENING"
 PROGRESS = "PROGRESS"
 SUPERVISED = "RILLGATE_SUPERVISED"
 """In a child's environment: somebody reads PROGRESS lines and shows them, and passes stderr on to a
@@ -54,7 +56,8 @@ class ChildSpec:
 class Child:
     """A started child.
 
-    State: the process, `ready` (the text after READY, and when it came), the last lines of stderr.
+    State: the process, `ready` (the text after READY, and when it came), `listens_at` (the address
+    after LISTENING), the last lines of stderr.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Child:
         self.ready_at_s: float | None = None
         self._on_progress = on_progress
         self.ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.listens_at = ""
         self.last_lines: deque[str] = deque(maxlen=_NUM_LAST_LINES)
         self._process = process
         self._readers = [
@@ -135,6 +139,8 @@ class Child:
             if word == READY and not self.ready.done():
                 self.ready_at_s = time.monotonic()
                 self.ready.set_result(rest)
+            elif word == LISTENING:
+                self.listens_at = rest
             elif word == PROGRESS:
                 done, _, total = rest.partition(" ")
                 self._on_progress(int(done), int(total))

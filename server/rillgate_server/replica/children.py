@@ -29,18 +29,24 @@ def replica_groups(
 ) -> list[GroupSpec]:
     """Describe each replica: its ranks, which meet at a fresh port and serve at a socket."""
     _refuse_one_door_for_many(settings)
-    prefix = settings.replica.name or REPLICA
     groups = []
     for index, ranks in enumerate(placements):
-        name = f"{prefix}-{index}"
         path = settings.replica.socket or str(directory / f"{REPLICA}-{index}.sock")
-        of_replica = replace(settings.replica, name=name, socket=path)
-        children = tuple(
-            _rank(settings.model_copy(update={"replica": of_replica}), rank, placement)
-            for rank, placement in enumerate(ranks)
-        )
-        groups.append(GroupSpec(name, children, _fresh_rendezvous if len(ranks) > 1 else dict))
+        named = replace(settings.replica, name=replica_name(settings, index), socket=path)
+        children = rank_children(settings.model_copy(update={"replica": named}), ranks)
+        fresh = _fresh_rendezvous if len(ranks) > 1 else dict
+        groups.append(GroupSpec(named.name, children, fresh))
     return groups
+
+
+def replica_name(settings: Settings, index: int) -> str:
+    """Return what status and logs call a replica."""
+    return f"{settings.replica.name or REPLICA}-{index}"
+
+
+def rank_children(settings: Settings, placements: Sequence[Placement]) -> tuple[ChildSpec, ...]:
+    """Describe the processes of the replica that `settings` are for."""
+    return tuple(_rank(settings, rank, placement) for rank, placement in enumerate(placements))
 
 
 def socket_addresses(replicas: Sequence[GroupSpec]) -> tuple[str, ...]:
@@ -78,10 +84,15 @@ def _rank(settings: Settings, rank: int, placement: Placement) -> ChildSpec:
         {
             **_environment(settings.model_copy(update={"replica": own})),
             "RILLGATE_GATEWAY__CLUSTER_SECRET": "",  # gets salts, never the secret
-            VISIBLE_DEVICES: placement.visible_devices,
+            **_visible_devices(placement),
         },
         settings.replica.drain_grace_s + _STOP_MARGIN_S,
     )
+
+
+def _visible_devices(placement: Placement) -> dict[str, str]:
+    named = placement.visible_devices
+    return {} if named is None else {VISIBLE_DEVICES: named}
 
 
 def _environment(settings: Settings) -> dict[str, str]:

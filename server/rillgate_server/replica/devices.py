@@ -47,8 +47,8 @@ class Placement:
 
     device: str
     """`cuda:N` or `cpu`."""
-    visible_devices: str
-    """Its CUDA_VISIBLE_DEVICES: its own device alone, or none."""
+    visible_devices: str | None
+    """Its CUDA_VISIBLE_DEVICES: its own device alone, or none; None: as Ray has set it."""
     num_threads: int
     max_memory_bytes: int
     """0: whatever is free."""

@@ -10,8 +10,12 @@ they are started again (the supervisor does).
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
-from rillgate_server.replica.child import EXIT_OPERATOR, Child, ChildSpec
+from rillgate_server.replica.child import EXIT_OPERATOR, Child, ChildSpec, describe_exit
+from rillgate_server.replica.unit import UnitEnd
+
+_ORDERLY_END_S = 5.0  # rank 0 tells the others to end and then has little left to do itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,54 +29,44 @@ class GroupSpec:
     fresh_environment: Callable[[], Mapping[str, str]] = dict
     """Called for every start: what all children get that no earlier start had."""
 
+    @property
+    def num_processes(self) -> int:
+        """Count the children."""
+        return len(self.children)
 
-@dataclass(frozen=True, slots=True)
-class GroupEnd:
-    """How a group ended."""
+    @property
+    def stop_grace_s(self) -> float:
+        """Of the first child, which is asked to stop."""
+        return self.children[0].stop_grace_s
 
-    child: Child
-    """Whose end was the cause."""
-    code: int
-    """Its exit code, minus the signal's number."""
-
-
-class Group:
-    """A started group; state: its children, which own theirs."""
-
-    def __init__(self, spec: GroupSpec, children: tuple[Child, ...]) -> None:
-        """Use `start`."""
-        self.spec = spec
-        self._children = children
-
-    def __repr__(self) -> str:
-        return f"Group({self.spec.name}, {list(self._children)})"
-
-    @classmethod
     async def start(
-        cls,
-        spec: GroupSpec,
-        pinned: Mapping[str, str],
-        on_progress: Callable[[str, int, int], None],
+        self, pinned: Mapping[str, str], on_progress: Callable[[str, int, int], None]
     ) -> "Group":
-        """Start every child, with `pinned` in its environment, too.
-
-        `on_progress` gets a child's name and its bytes done and in all.
-        """
-        fresh = {**spec.fresh_environment(), **pinned}
+        """Start every child, with `pinned` in its environment, too."""
+        fresh = {**self.fresh_environment(), **pinned}
         started: list[Child] = []
         try:
-            for child in spec.children:
-
-                def report(done: int, total: int, name: str = child.name) -> None:
-                    on_progress(name, done, total)
-
+            for child in self.children:
                 environment = {**child.environment, **fresh}
+                report = partial(on_progress, child.name)
                 started.append(await Child.start(replace(child, environment=environment), report))
         except BaseException:
             for other in started:
                 other.kill()
             raise
-        return cls(spec, tuple(started))
+        return Group(self.name, tuple(started))
+
+
+class Group:
+    """A started group; state: its children, which own theirs."""
+
+    def __init__(self, name: str, children: tuple[Child, ...]) -> None:
+        """Use GroupSpec.start."""
+        self._name = name
+        self._children = children
+
+    def __repr__(self) -> str:
+        return f"Group({self._name}, {list(self._children)})"
 
     @property
     def ready(self) -> "asyncio.Future[str]":
@@ -84,16 +78,21 @@ class Group:
         """When READY came (time.monotonic); None before."""
         return self._children[0].ready_at_s
 
-    async def wait(self) -> GroupEnd:
+    async def wait(self) -> UnitEnd:
         """Wait for the first end, kill the others, and say whose end was the cause."""
-        waits = {asyncio.create_task(child.wait()): child for child in self._children}
+        waits = [asyncio.create_task(child.wait()) for child in self._children]
         done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if all(task.result() == 0 for task in done):
+            await asyncio.wait(waits[:1], timeout=_ORDERLY_END_S)
         self.kill()
         await asyncio.wait(waits)
-        ends = [GroupEnd(child, task.result()) for task, child in waits.items()]
-        first = next(end for end, task in zip(ends, waits, strict=True) if task in done)
+        first = next(index for index, task in enumerate(waits) if task in done)
+        codes = [task.result() for task in waits]
         # One that refuses its settings takes the others with it; its own line says why.
-        return next((end for end in ends if end.code == EXIT_OPERATOR), first)
+        cause = codes.index(EXIT_OPERATOR) if EXIT_OPERATOR in codes else first
+        child = self._children[cause]
+        how = describe_exit(codes[cause])
+        return UnitEnd(child.spec.name, how, codes[cause], tuple(child.last_lines))
 
     async def stop(self) -> bool:
         """Ask it to end and wait; False when it had to be killed."""

@@ -30,6 +30,7 @@ from rillgate_server.replica.group import GroupSpec
 from rillgate_server.replica.progress import shown_progress
 from rillgate_server.replica.restarts import RestartPolicy
 from rillgate_server.replica.supervisor import Supervisor
+from rillgate_server.replica.unit import Unit
 
 
 def run_serve(settings: Settings, model_dir: Path) -> int:
@@ -60,14 +61,12 @@ def run_serve(settings: Settings, model_dir: Path) -> int:
         return asyncio.run(supervise(group, replicas, policy))
 
 
-async def supervise(
-    gateway: GroupSpec, replicas: Sequence[GroupSpec], policy: RestartPolicy
-) -> int:
+async def supervise(gateway: Unit, replicas: Sequence[Unit], policy: RestartPolicy) -> int:
     """Keep them alive until a signal; say what an operator wants to know."""
     started_s = time.monotonic()
 
     def on_ready(texts: dict[str, str]) -> None:
-        what = next((texts[group.name] for group in replicas if group.name in texts), "")
+        what = next((texts[unit.name] for unit in replicas if unit.name in texts), "")
         say(
             f"serving {what + ' ' if what else ''}on {texts[GATEWAY]} "
             f"(ready after {time.monotonic() - started_s:.1f} s; Ctrl-C stops)"

@@ -20,6 +20,7 @@ from rillgate_server.core.welcome import Welcome
 from rillgate_server.engine.engine import Engine
 from rillgate_server.engine.engine_loop import EngineLoop
 from rillgate_server.engine.executor import Executor, PacedExecutor
+from rillgate_server.replica.child import LISTENING, READY
 from rillgate_server.replica.doors import Doors, check_doors
 from rillgate_server.replica.engine_service import EngineService
 from rillgate_server.replica.watchdog import Watchdog
@@ -27,8 +28,6 @@ from rillgate_server.scheduler.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
-LISTENING = "LISTENING"
-"""Said on stdout before READY where there is a TCP door, with HOST:PORT."""
 EXIT_ENGINE_FAILED = 1
 _ENGINE_STOP_S = 5.0  # for the step under way
 _LAST_WORDS_S = 0.5  # for streams to end once the service is closed
@@ -79,7 +78,7 @@ async def _serve(
     await doors.open()
     if doors.tcp_address:
         print(f"{LISTENING} {doors.tcp_address}", flush=True)
-    print(f"READY {spec.name} ({spec.architecture}, {spec.dtype})", flush=True)
+    print(f"{READY} {spec.name} ({spec.architecture}, {spec.dtype})", flush=True)
     try:
         await ended.wait()
         if ended.is_fatal:

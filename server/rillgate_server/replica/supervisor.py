@@ -5,7 +5,7 @@ that it survives whatever they do. Children are started by exec (never by fork a
 torch have threads that is not safe) and die with it, on a leash.
 
     start    all side by side (callers get UNAVAILABLE until the first replica is there)
-    crash    the same group again, with back-off; the others go on
+    crash    the same unit again, with back-off; the others go on
     SIGTERM  gateway (it drains), then all replicas; a second signal kills them
     over     the gateway, or every replica, crashes again and again
 """
@@ -15,9 +15,9 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 
-from rillgate_server.replica.child import EXIT_CRASHED, EXIT_OPERATOR, describe_exit
-from rillgate_server.replica.group import Group, GroupEnd, GroupSpec
+from rillgate_server.replica.child import EXIT_CRASHED, EXIT_OPERATOR
 from rillgate_server.replica.restarts import RestartPolicy
+from rillgate_server.replica.unit import RunningUnit, Unit, UnitEnd
 
 EXIT_KILLED = 130
 
@@ -32,16 +32,16 @@ class GaveUp(Exception):
 
 
 class Supervisor:
-    """Keeps groups of children alive until it is told to stop.
+    """Keeps units alive until it is told to stop.
 
-    State: `_living` (name -> group), the first READY of each, quick crashes, loads under way,
-    whether serving was announced, whether it is stopping.
+    State: `_living` (name -> the unit's life), the first READY of each, quick crashes, loads under
+    way, whether serving was announced, whether it is stopping.
     """
 
     def __init__(
         self,
-        gateway: GroupSpec,
-        replicas: Sequence[GroupSpec],
+        gateway: Unit,
+        replicas: Sequence[Unit],
         policy: RestartPolicy,
         on_ready: Callable[[dict[str, str]], None],
         say: Callable[[str], None],
@@ -58,7 +58,7 @@ class Supervisor:
         self._on_ready = on_ready
         self._say = say
         self._on_progress = on_progress
-        self._living: dict[str, Group] = {}  # name -> group
+        self._living: dict[str, RunningUnit] = {}  # name -> life
         self._ready_texts: dict[str, str] = {}  # name -> text of its first READY
         self._pinned: dict[str, dict[str, str]] = {}  # name -> environment of its next lives
         self._quick_crashes: dict[str, int] = {}  # name -> in a row
@@ -71,7 +71,7 @@ class Supervisor:
         return f"Supervisor({list(self._living.values())}, stopping={self._stop.is_set()})"
 
     def pin(self, name: str, environment: dict[str, str]) -> None:
-        """Give a group `environment`, too, whenever it is started again."""
+        """Give a unit `environment`, too, whenever it is started again."""
         self._pinned[name] = environment
 
     def request_stop(self) -> None:
@@ -84,7 +84,7 @@ class Supervisor:
     async def run(self) -> int:
         """Serve until stopped; return the exit code. No child outlives this call."""
         keepers = [
-            asyncio.create_task(self._keep(spec)) for spec in (*self._replicas, self._gateway)
+            asyncio.create_task(self._keep(unit)) for unit in (*self._replicas, self._gateway)
         ]
         stopped = asyncio.create_task(self._stop.wait())
         try:
@@ -105,37 +105,37 @@ class Supervisor:
             self._kill()
             await asyncio.gather(*keepers, stopped, return_exceptions=True)
 
-    async def _keep(self, spec: GroupSpec) -> None:
-        """Start a group, again and again; returns when stopping, raises GaveUp."""
+    async def _keep(self, unit: Unit) -> None:
+        """Start a unit, again and again; returns when stopping, raises GaveUp."""
+        name = unit.name
         while not self._stop.is_set():
-            pinned = self._pinned.get(spec.name, {})
-            group = await Group.start(spec, pinned, self._note_progress)
-            self._living[spec.name] = group
+            life = await unit.start(self._pinned.get(name, {}), self._note_progress)
+            self._living[name] = life
             if self._stop.is_set():  # told so while the processes were being made
-                group.kill()
-            group.ready.add_done_callback(lambda ready: self._note_ready(spec.name, ready))
-            end = await group.wait()
-            del self._living[spec.name]
+                life.kill()
+            life.ready.add_done_callback(lambda ready: self._note_ready(name, ready))
+            end = await life.wait()
+            del self._living[name]
             if self._stop.is_set():
                 return
-            delay_s = self._judge(group, end)
+            delay_s = self._judge(unit, life, end)
             self._say(
-                f"{end.child.spec.name} died ({describe_exit(end.code)}); starting "
-                f"{'it' if len(spec.children) == 1 else f'all ranks of {spec.name}'} again in "
+                f"{end.name} died ({end.how}); starting "
+                f"{'it' if unit.num_processes == 1 else f'all ranks of {name}'} again in "
                 f"{delay_s:g} s"
             )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), delay_s)
 
-    def _judge(self, group: Group, end: GroupEnd) -> float:
+    def _judge(self, unit: Unit, life: RunningUnit, end: UnitEnd) -> float:
         """Return how long to wait before the next start; raises GaveUp."""
         if end.code == EXIT_OPERATOR:
-            raise GaveUp(EXIT_OPERATOR)
-        name = group.spec.name
-        served_s = 0.0 if group.ready_at_s is None else time.monotonic() - group.ready_at_s
+            raise GaveUp(EXIT_OPERATOR, end.unsaid)
+        name = unit.name
+        served_s = 0.0 if life.ready_at_s is None else time.monotonic() - life.ready_at_s
         quick_crashes = self._policy.count(self._quick_crashes.get(name, 0), served_s)
         self._quick_crashes[name] = quick_crashes
-        others = [] if group.spec is self._gateway else self._crashes_of_others(name)
+        others = [] if unit is self._gateway else self._crashes_of_others(name)
         if self._policy.gives_up(quick_crashes, others):
             raise GaveUp(EXIT_CRASHED, _epitaph(end, quick_crashes))
         return self._policy.delay_s(quick_crashes)
@@ -144,14 +144,14 @@ class Supervisor:
         """Return the quick crashes of each other replica, none of one that serves."""
         elsewhere = [0] if self._policy.has_others_elsewhere else []
         return elsewhere + [
-            0 if self._serves(spec.name) else self._quick_crashes.get(spec.name, 0)
-            for spec in self._replicas
-            if spec.name != name
+            0 if self._serves(unit.name) else self._quick_crashes.get(unit.name, 0)
+            for unit in self._replicas
+            if unit.name != name
         ]
 
     def _serves(self, name: str) -> bool:
-        group = self._living.get(name)
-        return group is not None and group.ready_at_s is not None
+        life = self._living.get(name)
+        return life is not None and life.ready_at_s is not None
 
     def _note_ready(self, name: str, ready: "asyncio.Future[str]") -> None:
         if ready.cancelled():
@@ -178,24 +178,23 @@ class Supervisor:
     async def _stop_all(self) -> None:
         """Stop the gateway, and once it has drained all replicas side by side."""
         self._stop.set()
-        await self._stop_group(self._gateway)
-        await asyncio.gather(*map(self._stop_group, self._replicas))
+        await self._stop_unit(self._gateway)
+        await asyncio.gather(*map(self._stop_unit, self._replicas))
 
-    async def _stop_group(self, spec: GroupSpec) -> None:
-        group = self._living.get(spec.name)
-        if group is not None and not await group.stop() and self._num_signals < 2:
-            grace_s = spec.children[0].stop_grace_s
-            self._say(f"{spec.name} did not stop within {grace_s:g} s; killed")
+    async def _stop_unit(self, unit: Unit) -> None:
+        life = self._living.get(unit.name)
+        if life is not None and not await life.stop() and self._num_signals < 2:
+            self._say(f"{unit.name} did not stop within {unit.stop_grace_s:g} s; killed")
 
     def _kill(self) -> None:
-        for group in self._living.values():
-            group.kill()
+        for life in self._living.values():
+            life.kill()
 
 
-def _epitaph(end: GroupEnd, quick_crashes: int) -> str:
+def _epitaph(end: UnitEnd, quick_crashes: int) -> str:
     lines = [
-        f"{end.child.spec.name} died {quick_crashes} times in a row soon after its start, "
-        f"the last time with {describe_exit(end.code)}; giving up. Its last lines:",
-        *(f"    {line}" for line in end.child.last_lines),
+        f"{end.name} died {quick_crashes} times in a row soon after its start, "
+        f"the last time with {end.how}; giving up. Its last lines:",
+        *(f"    {line}" for line in end.last_lines),
     ]
     return "\n".join(lines)
