@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import psutil
 
@@ -56,10 +56,21 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serve(*flags: str) -> AsyncIterator[Server]:
-    """Start `rillgate serve` on a free port, and leave nothing behind."""
+async def serve(*flags: str, through: Sequence[str] = ()) -> AsyncIterator[Server]:
+    """Start `rillgate serve` on a free port, and leave nothing behind.
+
+    `through`: a command that becomes the one that follows it, elsewhere.
+    """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "rillgate_server.cli", "serve", "--listen", "127.0.0.1:0"),
+        *(
+            *through,
+            sys.executable,
+            "-m",
+            "rillgate_server.cli",
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+        ),
         *flags,
         stderr=PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
