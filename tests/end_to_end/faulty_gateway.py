@@ -22,11 +22,12 @@ from rillgate_server.gateway.generation import Generation
 from rillgate_server.gateway.text.assembler import TextAssembler
 
 FAULTS = ("drop", "repeat", "withhold")
-_fault = sys.argv[1] if __name__ == "__main__" else "drop"
 
 
 class FaultyGeneration(Generation):
     """A generation that goes wrong once, after its first move."""
+
+    fault: str
 
     def __init__(self, *args: Any, **keywords: Any) -> None:  # the real one's own
         """Take what the real one takes."""
@@ -39,7 +40,7 @@ class FaultyGeneration(Generation):
         """Go wrong from here on."""
         super().break_off()
         self._is_broken = True
-        if _fault == "withhold":
+        if self.fault == "withhold":
             prepared, model_text = self._given[0], self._given[1]
             for choice in self._choices:
                 if choice.end_reason is None:
@@ -58,20 +59,25 @@ class FaultyGeneration(Generation):
         if isinstance(event, ChoiceFinished):
             shift = self._shift.get(event.choice_index, 0)
             return replace(event, num_tokens=event.num_tokens + shift)
-        if not isinstance(event, ChoiceTokens) or _fault == "withhold":
+        if not isinstance(event, ChoiceTokens) or self.fault == "withhold":
             return event
         shift = self._shift.get(event.choice_index, 0)
         event = replace(event, token_offset=event.token_offset + shift)
         if not self._is_broken or shift:
             return event
         ids, logprobs = event.token_ids, event.logprobs
-        if _fault == "drop":
+        if self.fault == "drop":
             self._shift[event.choice_index] = -1
             return replace(event, token_ids=ids[1:], logprobs=logprobs[1:])
         self._shift[event.choice_index] = 1
         return replace(event, token_ids=(ids[0], *ids), logprobs=(*logprobs[:1], *logprobs))
 
 
+def faulty(fault: str) -> type[FaultyGeneration]:
+    """Return the class with one of the faults."""
+    return type("FaultyGeneration", (FaultyGeneration,), {"fault": fault})
+
+
 if __name__ == "__main__":
-    setattr(inference, "Generation", FaultyGeneration)  # noqa: B010 - mypy takes no other name
+    setattr(inference, "Generation", faulty(sys.argv[1]))  # noqa: B010 - mypy takes no other name
     sys.exit(main(["gateway", *sys.argv[2:]]))
