@@ -19,7 +19,7 @@ from rillgate_server.routing.router import Router, RouteRequest, request_hashes
 
 NUM_REPLICAS, NUM_INDEXED_BLOCKS = 8, 20_000
 PROMPT_TOKENS = (100, 1000, 4000)
-NUM_REQUESTS = 1000
+NUM_REQUESTS = 300
 LOAD = EngineLoad(costs=FittedCosts(0.01, 1e-4, 0.0, 1e-4), longest_step_s=0.1)
 
 Row = dict[str, Any]  # Any: JSON
