@@ -13,6 +13,7 @@ import logging
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,9 +95,24 @@ class _Host:
         self._key = secrets.token_hex(16)
 
     def receive_all(self, deadline_s: float) -> Meeting:
-        with socket.create_server(
-            (self._own_address, 0), family=_family(self._own_address)
-        ) as door:
+        """Wait for all; whoever has come hears how it ends."""
+        try:
+            self._receive_until(deadline_s)
+        except ConfigError as error:
+            for link in self._links.values():
+                refuse(link, str(error))
+            for connection in self._beats.values():
+                connection.close()
+            raise
+        counts = Counter(self._machines.values())
+        for rank, link in self._links.items():
+            link.send(json.dumps({"num_local": counts[self._machines[rank]]}).encode())
+        num_local = counts[self._machines[0]]
+        return Meeting(self._store, self._links, self._beats, self._own_address, num_local)
+
+    def _receive_until(self, deadline_s: float) -> None:
+        family = socket.AF_INET6 if ":" in self._own_address else socket.AF_INET
+        with socket.create_server((self._own_address, 0), family=family) as door:
             control = {"address": self._own_address, "port": door.getsockname()[1]}
             self._store.set(_CONTROL, json.dumps(control | {"key": self._key}))
             while len(self._links) + len(self._beats) < 2 * (self._place.ranks - 1):
@@ -106,10 +122,6 @@ class _Host:
                 except TimeoutError:
                     raise self._missing() from None
                 self._receive(connection)
-        counts = {r: list(self._machines.values()).count(m) for r, m in self._machines.items()}
-        for rank, link in self._links.items():
-            link.send(json.dumps({"num_local": counts[rank]}).encode())
-        return Meeting(self._store, self._links, self._beats, self._own_address, counts[0])
 
     def _receive(self, connection: socket.socket) -> None:
         """Take in who connected, or close on a stranger."""
@@ -125,31 +137,28 @@ class _Host:
             return
         if not is_known or not 0 < rank < self._place.ranks:
             link.close()
-            return
-        if rank in (self._links if channel == _PLANS else self._beats):
-            refusal = f"rank {rank} has come to {self._place.address} already; start each rank once"
-            link.send(json.dumps({"refused": refusal}).encode())
-            link.close()
-            return
-        self._check(rank, machine, facts, link)
-        if channel == _PLANS:
+        elif channel == _BEATS and rank not in self._beats:
+            self._beats[rank] = connection
+        elif rank in self._links:
+            refuse(
+                link,
+                f"rank {rank} has come to {self._place.address} already; start each rank once",
+            )
+        else:
             link.name = f"rank {rank}"
             self._links[rank], self._machines[rank] = link, machine
-        else:
-            self._beats[rank] = connection
+            self._check(rank, facts)
+            link.send(json.dumps({}).encode())  # it comes a second time, for heartbeats
 
-    def _check(self, rank: int, machine: str, facts: dict[str, str], link: RankLink) -> None:
-        """Refuse a rank that was told something else than this one, and end all others with it."""
+    def _check(self, rank: int, facts: dict[str, str]) -> None:
+        """Raise ConfigError for a rank that was told something else than this one."""
         for name, own in self._facts.items():
-            if facts.get(name) == own:
-                continue
-            message = (
-                f"rank {rank} (on {machine}) has {name} {facts.get(name)!r}, rank 0 (on "
-                f"{_machine()}) has {own!r}; start all ranks with the same model and settings"
-            )
-            for other in (link, *self._links.values()):
-                other.send(json.dumps({"refused": message}).encode())
-            raise ConfigError(message)
+            if facts.get(name) != own:
+                raise ConfigError(
+                    f"rank {rank} (on {self._machines[rank]}) has {name} {facts.get(name)!r}, "
+                    f"rank 0 (on {self._machines[0]}) has {own!r}; start all ranks with the same "
+                    "model and settings"
+                )
 
     def _missing(self) -> ConfigError:
         missing = [str(r) for r in range(1, self._place.ranks) if r not in self._links]
@@ -161,25 +170,38 @@ class _Host:
 
 
 def _join(place: RankPlace, facts: Facts, own_address: str, store: Store) -> Meeting:
-    """Come to rank 0, as another rank."""
+    """Come to rank 0, as another rank: once for plans and, when it agrees, for heartbeats."""
+    opened: list[RankLink] = []
     try:
         control = json.loads(store.get(_CONTROL))
-        plans, beats = (
-            socket.create_connection((control["address"], control["port"]), _HELLO_S)
-            for _ in range(2)
-        )
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(
-            f"replica.rendezvous is {place.address!r}, but rank 0 is not to be had there: {error}"
-        ) from error
-    hello = {"key": control["key"], "rank": place.rank, "machine": _machine(), "facts": dict(facts)}
-    link = RankLink(plans, "rank 0")
-    for channel, connection in ((_PLANS, link), (_BEATS, RankLink(beats, "rank 0"))):
-        connection.send(json.dumps(hello | {"channel": channel}).encode())
-    answer = json.loads(link.receive(max_bytes=_MAX_HELLO_BYTES))
-    if "refused" in answer:
-        raise ConfigError(answer["refused"])
-    return Meeting(store, {0: link}, {0: beats}, own_address, answer["num_local"])
+        hello = {"key": control["key"], "rank": place.rank, "machine": _machine()}
+        for channel in (_PLANS, _BEATS):
+            connection = socket.create_connection((control["address"], control["port"]), _HELLO_S)
+            opened.append(RankLink(connection, "rank 0"))
+            opened[-1].send(json.dumps(hello | {"facts": dict(facts), "channel": channel}).encode())
+            answer = json.loads(opened[0].receive(max_bytes=_MAX_HELLO_BYTES))
+            if "refused" in answer:
+                raise ConfigError(answer["refused"])
+    except BaseException as error:
+        for link in opened:
+            link.close()
+        if isinstance(error, (RuntimeError, OSError)):
+            raise ConfigError(
+                f"replica.rendezvous is {place.address!r}, but rank 0 is not to be had there: "
+                f"{error}"
+            ) from error
+        raise
+    plans, beats = opened
+    return Meeting(store, {0: plans}, {0: beats.detach()}, own_address, answer["num_local"])
+
+
+def refuse(link: RankLink, reason: str) -> None:
+    """Tell another rank why the group does not come to be, and close."""
+    try:
+        link.send(json.dumps({"refused": reason}).encode())
+    except RankLost as error:
+        _log.warning("%s does not hear that it is refused: %s", link.name, error)
+    link.close()
 
 
 def _open_store(place: RankPlace, join_s: float) -> Store:
@@ -227,10 +249,6 @@ def _own_address(place: RankPlace) -> str:
         raise ConfigError(
             f"replica.rendezvous is {place.address!r}, to which no way leads: {error}"
         ) from error
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _machine() -> str:
