@@ -67,7 +67,8 @@ async def started(*command: str, ready: re.Pattern[str] = _READY) -> AsyncIterat
         for end in (process.terminate, process.kill):  # the first one also ends its children
             with contextlib.suppress(ProcessLookupError, TimeoutError):
                 end()
-                await asyncio.wait_for(process.wait(), STOP_S)
+                async with asyncio.timeout(STOP_S):
+                    await process.wait()
         if reader is not None:
             await reader
 

@@ -151,7 +151,8 @@ class AsyncGenerationStream:
         """Wait before the next call, or until there is none."""
         try:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._closed.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._closed.wait()
         except asyncio.CancelledError:
             self._closed.set()
             raise

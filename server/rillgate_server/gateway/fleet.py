@@ -254,9 +254,9 @@ class Fleet:
         """Wait until one becomes usable, at most `timeout_s`."""
         self.num_waiting_streams += 1
         try:
-            await asyncio.wait_for(self._became_usable.wait(), timeout_s)
-        except TimeoutError:
-            pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._became_usable.wait()
         finally:
             self.num_waiting_streams -= 1
 

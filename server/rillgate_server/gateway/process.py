@@ -96,7 +96,8 @@ class Gateway:
         await self._health.drain()
         self._open_calls.drain()
         try:
-            await asyncio.wait_for(self._open_calls.wait_none(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._open_calls.wait_none()
         except TimeoutError:
             _log.warning("%d calls run on after %g s", self._open_calls.num_open, grace_s)
 

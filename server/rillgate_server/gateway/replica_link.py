@@ -161,7 +161,8 @@ class ReplicaLink:
     async def wait_ready(self, timeout_s: float | None) -> None:
         """Wait until requests can be submitted; raises NoReplica after `timeout_s`, if given."""
         try:
-            await asyncio.wait_for(self._ready.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._ready.wait()
         except TimeoutError:
             raise NoReplica(f"no replica at {self.address}: {self.why_not}") from None
 

@@ -62,7 +62,8 @@ class ReplicaWatch:
         self._call = self._stub.Watch(request, metadata=self._metadata)
         self._events: AsyncIterator[engine_pb2.ReplicaEvent] = aiter(self._call)
         try:
-            event = await asyncio.wait_for(anext(self._events, None), WELCOME_TIMEOUT_S)
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                event = await anext(self._events, None)
         except TimeoutError:
             raise NoReplica(f"it said nothing within {WELCOME_TIMEOUT_S:g} s") from None
         if event is None or not event.HasField("welcome"):

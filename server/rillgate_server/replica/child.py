@@ -117,7 +117,8 @@ class Child:
         """Ask it to end and wait; False when it had to be killed."""
         self._send(signal.SIGTERM)
         try:
-            await asyncio.wait_for(self._process.wait(), self.spec.stop_grace_s)
+            async with asyncio.timeout(self.spec.stop_grace_s):
+                await self._process.wait()
         except TimeoutError:
             self.kill()
             await self._process.wait()

@@ -130,7 +130,8 @@ class RayLife:
         stopping = asyncio.ensure_future(self._hosts[0].actor.stop.remote())
         await asyncio.wait((stopping, self._task), return_when=asyncio.FIRST_COMPLETED)
         try:
-            stopped: bool = await asyncio.wait_for(stopping, _END_S)
+            async with asyncio.timeout(_END_S):
+                stopped: bool = await stopping
         except (RayError, TimeoutError):
             return True  # it is gone
         return stopped
@@ -244,9 +245,8 @@ class RayLife:
         while grant.patience_s > 0.0:
             next_s = self._clock.now() + grant.renew_every_s
             try:
-                reading_s = await asyncio.wait_for(
-                    host.actor.renew.remote(grant.send()), grant.patience_s
-                )
+                async with asyncio.timeout(grant.patience_s):
+                    reading_s = await host.actor.renew.remote(grant.send())
             except (TimeoutError, ActorUnavailableError):
                 pass  # patience ends by itself
             else:
@@ -259,13 +259,18 @@ class RayLife:
 
     async def _release(self) -> None:
         """Kill what can be reached, and note from when on the rest can live no more."""
-        ends = (asyncio.wait_for(host.actor.end.remote(), _END_S) for host in self._hosts)
+        ends = (_end(host) for host in self._hosts)
         results = await asyncio.gather(*ends, return_exceptions=True)
         for host, result in zip(self._hosts, results, strict=True):
             if result is None:
                 host.grant.note_end()
             self._replica.fenced_at_s = max(self._replica.fenced_at_s, host.grant.fenced_at_s)
         await asyncio.to_thread(_give_up_room, self._group, self._actors)
+
+
+async def _end(host: _Host) -> None:
+    async with asyncio.timeout(_END_S):
+        await host.actor.end.remote()
 
 
 def memory_share(

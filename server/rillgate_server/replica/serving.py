@@ -120,7 +120,8 @@ async def _drain(service: EngineService, grace_s: float) -> None:
     service.drain()
     _log.info("draining %d requests", service.num_open_requests)
     try:
-        await asyncio.wait_for(service.wait_done(), grace_s)
+        async with asyncio.timeout(grace_s):
+            await service.wait_done()
     except TimeoutError:
         _log.warning("%d requests did not finish in time", service.num_open_requests)
 

@@ -125,7 +125,8 @@ class Supervisor:
                 f"{delay_s:g} s"
             )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), delay_s)
+                async with asyncio.timeout(delay_s):
+                    await self._stop.wait()
 
     def _judge(self, unit: Unit, life: RunningUnit, end: UnitEnd) -> float:
         """Return how long to wait before the next start; raises GaveUp."""

@@ -18,7 +18,7 @@ from rillgate_server.core.load import EngineLoad
 from rillgate_server.replica.child import EXIT_FROZEN
 
 TICK_S = 0.5
-_SAME_STEP_S = 0.01  # two looks that disagree by more speak of different steps
+_SAME_STEP_S = 0.1  # two looks that disagree by more speak of different steps; a look takes time
 
 _log = logging.getLogger(__name__)
 

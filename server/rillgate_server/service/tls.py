@@ -1,7 +1,7 @@
 """Certificates between gateway and replicas: both ends show one, signed by one authority.
 
 Owns the reading of the files and its errors. Who may connect without a certificate is
-service.identity's. The public door is not this one. https://grpc.io/docs/guides/auth/
+service.link_door's. The public door is not this one. https://grpc.io/docs/guides/auth/
 """
 
 from pathlib import Path
