@@ -15,31 +15,28 @@ from rillgate_server.errors import ConfigError, NoReplica
 from rillgate_server.gateway.replica_link import ReplicaLink
 from rillgate_server.replica.doors import Doors, check_doors
 from rillgate_server.service.link_door import link_channel
-from tests.replica.engine_server import DEADLINE_S, WELCOME, ScriptedEngine, make_service
+from tests.replica.engine_server import (
+    DEADLINE_S,
+    WELCOME,
+    ScriptedEngine,
+    make_service,
+    make_submission,
+    wait_until,
+)
+from tests.support.cable import Cable
+from tests.support.link_tls import GATEWAY_TLS, REPLICA_TLS, link_tls
 
-CERTIFICATES = Path(__file__).parents[1] / "client" / "certificates"
 TOKEN = "a token of twenty-five bytes"
 LISTEN = ReplicaConfig(listen="127.0.0.1:0")
 
 
-def tls(own: str, other: str, server_name: str = "") -> LinkConfig:
-    """Return an end that shows `own` and trusts `other`; each is its own authority."""
-    return LinkConfig(
-        tls_certificate=str(CERTIFICATES / f"{own}.pem"),
-        tls_key=str(CERTIFICATES / f"{own}.key"),
-        tls_authority=str(CERTIFICATES / f"{other}.pem"),
-        tls_server_name=server_name,
-    )
-
-
-REPLICA_TLS, GATEWAY_TLS = tls("server", "client"), tls("client", "server", "rillgate.test")
-
-
 @asynccontextmanager
-async def open_door(link: LinkConfig, replica: ReplicaConfig = LISTEN) -> AsyncIterator[Doors]:
+async def open_door(
+    link: LinkConfig, replica: ReplicaConfig = LISTEN, engine: ScriptedEngine | None = None
+) -> AsyncIterator[Doors]:
     """Serve an engine that does nothing."""
     service = make_service()
-    service.attach(ScriptedEngine())
+    service.attach(engine or ScriptedEngine())
     doors = Doors(service, replica, link)
     await doors.open()
     try:
@@ -84,8 +81,8 @@ async def test_who_has_the_key_is_let_in(inside: LinkConfig, outside: LinkConfig
     ("inside", "outside", "says"),
     [
         (REPLICA_TLS, LinkConfig(), "UNAVAILABLE"),
-        (REPLICA_TLS, tls("server", "server", "rillgate.test"), "UNAVAILABLE"),
-        (REPLICA_TLS, tls("client", "client", "rillgate.test"), "UNAVAILABLE"),
+        (REPLICA_TLS, link_tls("server", "server", "rillgate.test"), "UNAVAILABLE"),
+        (REPLICA_TLS, link_tls("client", "client", "rillgate.test"), "UNAVAILABLE"),
         (LinkConfig(token=TOKEN), LinkConfig(), "set the same link.token on both sides"),
         (LinkConfig(token=TOKEN), LinkConfig(token=TOKEN + "."), "UNAUTHENTICATED"),
         (
@@ -122,6 +119,22 @@ async def test_every_method_asks_for_the_token(method: str) -> None:
         }[method]()
         async with asyncio.timeout(DEADLINE_S):
             assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_gateway_whose_host_vanished_leaves_no_request_behind() -> None:
+    """Nothing tells of its end: the replica's own pings find out. The gateway knows sooner."""
+    engine = ScriptedEngine()
+    async with (
+        open_door(LinkConfig(insecure=True), engine=engine) as doors,
+        Cable(doors.tcp_address) as cable,
+        linked(cable.address, LinkConfig()) as link,
+    ):
+        await link.wait_ready(DEADLINE_S)
+        link.submit(make_submission())
+        await engine.wait_until(lambda: len(engine.requests) == 1)
+        cable.cut()
+        await wait_until(lambda: not link.is_ready)
+        await engine.wait_until(lambda: bool(engine.aborts))
 
 
 async def test_both_doors_lead_to_the_same_replica(tmp_path: Path) -> None:
