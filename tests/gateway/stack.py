@@ -8,6 +8,7 @@ decides what has happened when it acts.
 import asyncio
 import contextlib
 import functools
+import itertools
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -124,6 +125,12 @@ class Replica:
     executor: FakeExecutor
     pace: Pace
     engine: RecordedEngine
+    replica_id: str
+
+    @property
+    def address(self) -> str:
+        """Where gateways find it."""
+        return f"unix:{self.socket}"
 
     @property
     def num_blocks_used(self) -> int:
@@ -165,8 +172,9 @@ async def running_replica(
     fail_rows: Callable[[RowPlan, Sequence[int]], str | None] | None = None,
     batcher: BatcherConfig = BATCHER,
     copies: FakeCopies = NO_HOST_TIER,
+    at: Path | None = None,
 ) -> AsyncIterator[Replica]:
-    """Serve a fake engine on a Unix socket while the block runs."""
+    """Serve a fake engine on a Unix socket, a new one or `at`, while the block runs."""
     spec, clock, pace = served_model().spec, SystemClock(), Pace()
     executor = FakeExecutor(
         NUM_BLOCKS,
@@ -178,21 +186,22 @@ async def running_replica(
     )
     sizes = CacheSizes(NUM_BLOCKS, copies.block_bytes, spec.dtype, copies.num_host_blocks)
     engine = Engine(Scheduler(batcher, CACHE, spec, sizes), executor, clock)
-    service = EngineService(
-        spec.eos_token_ids, _welcome(spec), clock, ServiceLimits(load_interval_s=0.02)
-    )
+    welcome = _welcome(spec)
+    service = EngineService(spec.eos_token_ids, welcome, clock, ServiceLimits(load_interval_s=0.02))
     loop = EngineLoop(engine, clock, service.on_event)
     recorded = RecordedEngine(loop)
     service.attach(recorded)
     server = grpc.aio.server()
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)
     with tempfile.TemporaryDirectory(prefix="rillgate-") as folder:
-        socket = Path(folder) / "replica.sock"
+        socket = at or Path(folder) / "replica.sock"
         server.add_insecure_port(f"unix:{socket}")
         loop.start()
         await server.start()
         try:
-            yield Replica(socket, server, loop, engine.scheduler, executor, pace, recorded)
+            yield Replica(
+                socket, server, loop, engine.scheduler, executor, pace, recorded, welcome.replica_id
+            )
         finally:
             pace.open()
             await server.stop(None)
@@ -311,9 +320,14 @@ async def read(call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateRe
 
 def expected_tokens(stack: Stack, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """Say what the fake engine answers greedily."""
+    return greedy_tokens(stack.replica, prompt, num_tokens)
+
+
+def greedy_tokens(replica: Replica, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """Say what a fake engine answers greedily."""
     context = list(prompt)
     for _ in range(num_tokens):
-        model = stack.replica.executor.model
+        model = replica.executor.model
         context.append(model.next_token(context, len(prompt), SamplingParams(0, 0.0), 0))
     return context[len(prompt) :]
 
@@ -323,10 +337,14 @@ async def generate(stack: Stack, message: pb.GenerateRequest) -> Answer:
     return await read(stack.inference.Generate(message))
 
 
+_incarnations = itertools.count(7)
+
+
 def _welcome(spec: ModelSpec) -> Welcome:
+    incarnation = next(_incarnations)
     return Welcome(
-        replica_id="replica-0",
-        incarnation=7,
+        replica_id=f"replica-{incarnation}",
+        incarnation=incarnation,
         model=spec.name,
         model_version_digest=spec.version_digest,
         tokenizer_digest=spec.tokenizer_digest,

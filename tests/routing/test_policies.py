@@ -135,6 +135,16 @@ def test_the_longest_prefix_wins_among_equals() -> None:
     assert cluster.choose(prompt(40, first=500)) == "a", "another prompt finds nothing"
 
 
+def test_a_hit_decides_where_a_token_seems_to_cost_nothing() -> None:
+    """After many hits the fit of the replica that has the prefix gives prefill no cost at all."""
+    cluster = Cluster("prefix")
+    free = replace(COSTS, prefill_token_s=0.0)
+    for key in "abc":
+        cluster.load(key, replace(IDLE, costs=free))
+    cluster.cache("c", prompt(32))
+    assert [cluster.choose(prompt(32)) for _ in range(3)] == ["c"] * 3
+
+
 def test_a_prefix_is_worth_what_it_saves() -> None:
     """200 cached tokens (0.2 s) do not outweigh one more choice (0.256 s); 300 do."""
     cluster = Cluster("prefix", 2)

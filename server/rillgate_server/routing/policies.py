@@ -115,7 +115,9 @@ def predicted_work(expected_tokens: int = EXPECTED_TOKENS) -> ScoreFunction:
         num_tokens = view.num_tokens_to_compute + demand.num_tokens - num_cached_tokens
         seats = view.welcome.max_running if view.welcome else 1
         work_s = yardstick.work_s(view, num_tokens, num_choices * expected_tokens)
-        return work_s, num_choices / seats
+        # Where prompts were all cached of late, the fit may know no cost of a token: a hit still
+        # decides between equals.
+        return work_s, -num_cached_tokens, num_choices / seats
 
     return score
 

@@ -6,7 +6,7 @@ nor where new ones go. Conservative, so that nothing goes back and forth:
 * to a replica where nothing waits, and at most as many choices as it has free seats;
 * the oldest first: it has waited longest, and would have been the next one here;
 * never a request that came to its replica a moment ago;
-* only while the receiver stays less loaded than the sender.
+* only while the receiver is no more loaded afterwards than the sender.
 """
 
 from collections.abc import Mapping, Sequence
@@ -92,6 +92,6 @@ def _best_receiver(receivers: Sequence[_Seats], sender: _Seats, num_choices: int
     able = [
         it
         for it in receivers
-        if it.num_free >= num_choices and it.load(num_choices) < sender.load(-num_choices)
+        if it.num_free >= num_choices and it.load(num_choices) <= sender.load(-num_choices)
     ]
     return min(able, key=_Seats.load, default=None)
