@@ -110,6 +110,16 @@ def test_a_plan_of_an_unknown_style_is_refused(checkpoint: MakeCheckpoint) -> No
         Sharding(config, 0, 2)
 
 
+def test_a_plan_may_name_the_embedding(checkpoint: MakeCheckpoint) -> None:
+    """transformers 5.17 does where it is tied to the head; it is split by vocabulary all the same."""
+    config = load_config(checkpoint("llama-tied"))
+    assert config.base_model_tp_plan is not None
+    config.base_model_tp_plan = config.base_model_tp_plan | {"embed_tokens": "embedding_rowwise"}
+    split = Sharding(config, 1, 2).split_of("model.embed_tokens.weight", (211, 64))
+    assert split is not None
+    assert (split.dim, split.first, split.last, split.length) == (0, 106, 211, 106)
+
+
 def test_two_ranks_cannot_share_a_gpu() -> None:
     """CPUs they can."""
     check_devices("cpu", 0, 4)

@@ -112,6 +112,7 @@ class Sharding:
         self.rank = rank
         self.ranks = ranks
         plan = dict(getattr(config, "base_model_tp_plan", None) or {})
+        plan.pop("embed_tokens", None)  # there in transformers 5.17 for tied models; split below
         if config.model_type == "deepseek_v3":
             plan = _LATENT_ATTENTION_PLAN | plan
         for key, style in plan.items():
