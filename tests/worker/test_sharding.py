@@ -111,7 +111,7 @@ def test_a_plan_of_an_unknown_style_is_refused(checkpoint: MakeCheckpoint) -> No
 
 
 def test_a_plan_may_name_the_embedding(checkpoint: MakeCheckpoint) -> None:
-    """transformers 5.17 does where it is tied to the head; it is split by vocabulary all the same."""
+    """transformers 5.17 does where it is tied to the head; it is split as without."""
     config = load_config(checkpoint("llama-tied"))
     assert config.base_model_tp_plan is not None
     config.base_model_tp_plan = config.base_model_tp_plan | {"embed_tokens": "embedding_rowwise"}
