@@ -3,9 +3,13 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import grpc
 
 from rillgate_proto.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
+from rillgate_proto.v1 import inference_pb2 as pb
 from rillgate_server.config.groups import BatcherConfig, GatewayConfig
 from rillgate_server.core.clock import SystemClock
 from rillgate_server.gateway.process import Gateway
@@ -14,10 +18,16 @@ from tests.gateway.stack import (
     GATEWAY,
     PATIENCE_S,
     Replica,
+    greedy_tokens,
     open_channel,
+    read,
+    request,
     running_replica,
     served_model,
 )
+
+Call: TypeAlias = "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]"
+NUM_TOKENS = 30
 
 
 @dataclass
@@ -105,3 +115,50 @@ async def running_fleet(
             for _ in range(num_replicas)
         ]
         yield await running.enter_async_context(running_gateway(replicas, config))
+
+
+def prompt(number: int) -> list[int]:
+    """Return a prompt of its own for each number."""
+    return [number + 1, number + 2, number + 3]
+
+
+@dataclass
+class Begun:
+    """A call under way, and the tokens that were read of it already."""
+
+    call: Call
+    tokens: list[int] = field(default_factory=list)
+
+    async def read_first(self, stack: FleetStack) -> None:
+        """Let replicas make steps until the call has its first message."""
+        reading = asyncio.ensure_future(self.call.read())
+        async with asyncio.timeout(PATIENCE_S):
+            while not reading.done():
+                stack.step()
+                await asyncio.wait((reading,), timeout=0.05)
+        message = reading.result()
+        assert isinstance(message, pb.GenerateResponse)
+        self.tokens += (it for output in message.outputs for it in output.token_ids)
+
+
+def begin(stack: FleetStack, number: int, timeout: float | None = None, **fields: object) -> Begun:
+    """Call Generate for NUM_TOKENS tokens."""
+    fields |= {"stopping__max_tokens": NUM_TOKENS, "stopping__ignore_eos": True}
+    message = request(tokens=prompt(number), **fields)
+    return Begun(stack.inference.Generate(message, timeout=timeout))
+
+
+async def begin_all(stack: FleetStack, num_calls: int) -> list[Begun]:
+    """Begin calls under held replicas, and let each have its first token."""
+    stack.hold()
+    calls = [begin(stack, number) for number in range(num_calls)]
+    for call in calls:
+        await call.read_first(stack)
+    return calls
+
+
+async def check_whole(stack: FleetStack, calls: Sequence[Begun]) -> None:
+    """Read calls to their end: each has its tokens, each once."""
+    for number, begun in enumerate(calls):
+        tokens = [*begun.tokens, *(await read(begun.call)).token_ids()]
+        assert tokens == greedy_tokens(stack.replicas[-1], prompt(number), NUM_TOKENS)

@@ -6,10 +6,9 @@ processes may die is tests.end_to_end.test_survival's to show.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeAlias, cast
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -20,14 +19,23 @@ from rillgate_proto.v1 import control_pb2
 from rillgate_proto.v1 import inference_pb2 as pb
 from rillgate_server.core.request import Rejection, RejectReason
 from rillgate_server.routing.continuation import MAX_BREAKS
-from tests.gateway.fleet_stack import FleetStack, running_fleet, running_gateway
+from tests.gateway.fleet_stack import (
+    NUM_TOKENS,
+    Begun,
+    FleetStack,
+    begin,
+    begin_all,
+    check_whole,
+    prompt,
+    running_fleet,
+    running_gateway,
+)
 from tests.gateway.stack import (
     BATCHER,
     PATIENCE_S,
     Replica,
     greedy_tokens,
     read,
-    request,
     running_replica,
     served_model,
     with_config,
@@ -35,58 +43,9 @@ from tests.gateway.stack import (
 from tests.gateway.test_admission import RefusingEngine
 from tests.replica.engine_server import WELCOME, make_service, serving, socket_directory
 
-Call: TypeAlias = "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]"
-NUM_TOKENS = 30
 DRAINING = control_pb2.REPLICA_STATE_DRAINING
 READY = control_pb2.REPLICA_STATE_READY
 FROZEN = control_pb2.REPLICA_STATE_FROZEN
-
-
-def prompt(number: int) -> list[int]:
-    """Return a prompt of its own for each number."""
-    return [number + 1, number + 2, number + 3]
-
-
-@dataclass
-class Begun:
-    """A call under way, and the tokens that were read of it already."""
-
-    call: Call
-    tokens: list[int] = field(default_factory=list)
-
-    async def read_first(self, stack: FleetStack) -> None:
-        """Let replicas make steps until the call has its first message."""
-        reading = asyncio.ensure_future(self.call.read())
-        async with asyncio.timeout(PATIENCE_S):
-            while not reading.done():
-                stack.step()
-                await asyncio.wait((reading,), timeout=0.05)
-        message = reading.result()
-        assert isinstance(message, pb.GenerateResponse)
-        self.tokens += (it for output in message.outputs for it in output.token_ids)
-
-
-def begin(stack: FleetStack, number: int, timeout: float | None = None, **fields: object) -> Begun:
-    """Call Generate for NUM_TOKENS tokens."""
-    fields |= {"stopping__max_tokens": NUM_TOKENS, "stopping__ignore_eos": True}
-    message = request(tokens=prompt(number), **fields)
-    return Begun(stack.inference.Generate(message, timeout=timeout))
-
-
-async def begin_all(stack: FleetStack, num_calls: int) -> list[Begun]:
-    """Begin calls under held replicas, and let each have its first token."""
-    stack.hold()
-    calls = [begin(stack, number) for number in range(num_calls)]
-    for call in calls:
-        await call.read_first(stack)
-    return calls
-
-
-async def check_whole(stack: FleetStack, calls: Sequence[Begun]) -> None:
-    """Read calls to their end: each has its tokens, each once."""
-    for number, begun in enumerate(calls):
-        tokens = [*begun.tokens, *(await read(begun.call)).token_ids()]
-        assert tokens == greedy_tokens(stack.replicas[-1], prompt(number), NUM_TOKENS)
 
 
 async def error_of(begun: Begun) -> grpc.aio.AioRpcError:
@@ -94,6 +53,15 @@ async def error_of(begun: Begun) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await read(begun.call)
     return caught.value
+
+
+async def code_of(begun: Begun) -> grpc.StatusCode:
+    """Return how a call ends."""
+    try:
+        await read(begun.call)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 def info_of(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
@@ -279,13 +247,7 @@ async def test_what_no_replica_could_take_is_asked_of_one_alone() -> None:
         running_gateway([able], with_config(routing_policy="round-robin"), [address]) as stack,
     ):
         await stack.until(lambda it: all(r.state == READY for r in it.replicas))
-        codes = []
-        for number in range(2):
-            try:
-                await read(begin(stack, number).call)
-                codes.append(grpc.StatusCode.OK)
-            except grpc.aio.AioRpcError as error:
-                codes.append(error.code())
+        codes = [await code_of(begin(stack, number)) for number in range(2)]
         assert sorted(codes, key=str) == [
             grpc.StatusCode.DEADLINE_EXCEEDED,
             grpc.StatusCode.OK,
@@ -358,8 +320,8 @@ async def test_a_drained_server_takes_nothing_and_finishes_what_runs() -> None:
         calls = await begin_all(stack, 2)
         drain = asyncio.ensure_future(stack.control.Drain(control_pb2.DrainRequest()))
         async with asyncio.timeout(PATIENCE_S):
-            while (await error_of(begin(stack, 9))).code() is not grpc.StatusCode.UNAVAILABLE:
-                pass
+            while await code_of(begin(stack, 9, timeout=0.3)) is not grpc.StatusCode.UNAVAILABLE:
+                pass  # it came before the drain, and ended at its deadline
         stack.open()
         await check_whole(stack, calls)
         assert (await drain).num_open_requests == 0
@@ -388,68 +350,3 @@ async def test_a_request_that_waits_moves_to_a_replica_that_falls_idle() -> None
         for number, answer in enumerate(done):
             expected = greedy_tokens(stack.replicas[0], prompt(number), NUM_TOKENS)
             assert (await answer).token_ids() == expected
-
-
-# -- which replicas are used ----------------------------------------------------------------------
-
-
-async def test_a_replica_of_another_checkpoint_is_set_aside() -> None:
-    """The others serve; status says what differs, and what to do."""
-    service = make_service(welcome=replace(WELCOME, incarnation=2, model_version_digest="ee" * 32))
-    with socket_directory() as folder:
-        async with (
-            serving(service, folder / "replica.sock"),
-            running_replica() as able,
-            running_gateway([able], more=[f"unix:{folder / 'replica.sock'}"]) as stack,
-        ):
-            status = await stack.until(lambda it: bool(it.replicas[1].set_aside))
-            assert "its model's version is eeee" in status.replicas[1].set_aside
-            assert "same checkpoint" in status.replicas[1].set_aside
-            assert status.replicas[1].address == f"unix:{folder / 'replica.sock'}"
-            await check_whole(stack, [begin(stack, 0)])
-
-
-async def test_a_replica_that_is_listed_twice_is_used_once(tmp_path: Path) -> None:
-    """The second address is set aside, and names the first."""
-    async with running_replica() as replica:
-        other = tmp_path / "other.sock"
-        other.symlink_to(replica.socket)
-        async with running_gateway([replica], more=[f"unix:{other}"]) as stack:
-            status = await stack.until(lambda it: any(r.set_aside for r in it.replicas))
-            (said,) = (it.set_aside for it in status.replicas if it.set_aside)
-            assert "list each replica once" in said
-            await check_whole(stack, [begin(stack, 0)])
-
-
-async def test_an_address_that_nobody_answers_at_is_said_and_does_no_harm(tmp_path: Path) -> None:
-    """The others serve; status shows the address as not connected."""
-    nobody = f"unix:{tmp_path / 'nobody.sock'}"
-    async with running_replica() as able, running_gateway([able], more=[nobody]) as stack:
-        await check_whole(stack, [begin(stack, number) for number in range(3)])
-        status = await stack.status()
-        assert status.replicas[1].address == nobody
-        assert status.replicas[1].state == control_pb2.REPLICA_STATE_UNSPECIFIED
-
-
-async def test_a_prompt_goes_where_its_beginning_is_cached() -> None:
-    """Once one replica has announced it, the same prompt comes back to it, with a hit."""
-    long_prompt = list(range(1, 200))
-    async with running_fleet(3) as stack:
-        message = request(tokens=long_prompt, stopping__max_tokens=4)
-        await read(stack.inference.Generate(message))
-        status = await stack.until(
-            lambda it: any(r.num_announced_blocks and not r.num_running for r in it.replicas)
-        )
-        (holder,) = (at for at, it in enumerate(status.replicas) if it.num_announced_blocks)
-        for _ in range(5):
-            step_id = status.replicas[holder].step_id
-            answer = await read(stack.inference.Generate(message))
-            assert answer.started.num_cached_tokens >= len(long_prompt) - 8
-            # A Load from the middle of a request may come after its end; the next one corrects it.
-            status = await stack.until(
-                lambda it, last=step_id: (
-                    it.replicas[holder].step_id > last  # type: ignore[misc]
-                    and not it.replicas[holder].num_running
-                )
-            )
-        assert [bool(it.engine.requests) for it in stack.replicas].count(True) == 1
