@@ -4,76 +4,22 @@ Whatever part of a replica is killed, each stream hears what it would have heard
 another replica takes the place.
 """
 
-import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 
 import psutil
 import pytest
 
 from rillgate import AsyncClient
-from rillgate.status_types import ReplicaState, ServerStatus
-from tests.support.crowd import Crowd, undisturbed
 from tests.support.ray_cluster import RayNode, lives, ray_node, start_here, until, why_no_ray
-from tests.support.served import READY, START_S, Server, serve
-
-MIN_HIT = 4
-"""Streams with a token that a break must hit to count."""
-_POLL_S = 0.05
-_FLAGS = (
-    *("--cluster", "ray", "--replicas", "2", "--dtype", "float32"),
-    *("--set", "replica.min_step_ms=20", "--set", "serve.ray_lease_s=3"),
-    *("--set", "gateway.failover_wait_s=90"),
-)
+from tests.support.ray_stage import FLAGS, RayStage
+from tests.support.served import READY, serve
 
 pytestmark = [
     pytest.mark.skipif(bool(why_no_ray()), reason=why_no_ray() or "-"),
     pytest.mark.timeout(300),
 ]
-
-
-@dataclass
-class Stage:
-    """A served cluster under streams."""
-
-    server: Server
-    client: AsyncClient
-    crowd: Crowd
-
-    async def status(self, condition: Callable[[ServerStatus], bool]) -> ServerStatus:
-        """Ask until it is as wanted."""
-        async with asyncio.timeout(START_S):
-            while True:
-                status = await self.client.status()
-                if condition(status):
-                    return status
-                await asyncio.sleep(_POLL_S)
-
-    async def serves(self) -> None:
-        """Wait for both replicas."""
-        await self.status(lambda it: num_ready(it) == 2)
-
-    async def lose(self, node: RayNode, choose: Callable[[psutil.Process], psutil.Process]) -> None:
-        """Kill what `choose` says for the replica on a node, under streams, and wait until it is
-        gone and replaced."""
-        ((name, replica),) = node.replicas().items()
-
-        def is_worth_it(status: ServerStatus) -> bool:
-            streams = {it.replica_id: it.num_streams for it in status.replicas}
-            return streams.get(name, 0) - self.crowd.num_without_token > MIN_HIT
-
-        before = (await self.status(is_worth_it)).num_moved_streams
-        choose(replica).kill()
-        await self.status(lambda it: it.num_moved_streams - before >= MIN_HIT)
-        await until(lambda: not lives(replica))
-        await self.serves()
-
-
-def num_ready(status: ServerStatus) -> int:
-    """Count the replicas that serve."""
-    return sum(it.state is ReplicaState.READY for it in status.replicas)
 
 
 @asynccontextmanager
@@ -84,15 +30,13 @@ async def _node(*flags: str) -> AsyncIterator[RayNode]:
 
 
 @asynccontextmanager
-async def _served(head: RayNode) -> AsyncIterator[Stage]:
-    """Serve two replicas on the cluster; both are there."""
-    async with serve(*_FLAGS, "--ray-address", head.address) as server:
+async def _served(head: RayNode) -> AsyncIterator[RayStage]:
+    """Serve two replicas on the cluster."""
+    own = ("--ray-address", head.address, "--set", "serve.ray_lease_s=3")
+    async with serve(*FLAGS, *own) as server:
         address = (await server.wait_line(READY)).group(1)
         async with AsyncClient(address) as client:
-            stage = Stage(server, client, Crowd([client], []))
-            await stage.serves()
-            stage.crowd = Crowd([client], await undisturbed(client))
-            yield stage
+            yield await RayStage.open(server, client)
 
 
 async def test_lost_replicas_are_replaced_and_streams_go_on() -> None:
@@ -103,17 +47,29 @@ async def test_lost_replicas_are_replaced_and_streams_go_on() -> None:
         other = await nodes.enter_async_context(_node(f"--address={head.address}"))
         stage = await nodes.enter_async_context(_served(head))
         async with stage.crowd.running_streams():
-            await stage.lose(other, lambda replica: replica)
-            await stage.lose(other, lambda replica: replica.parent() or replica)
+            await _lose(stage, other, lambda replica: replica)
+            await _lose(stage, other, lambda replica: replica.parent() or replica)
             spare = await nodes.enter_async_context(_node(f"--address={head.address}"))
-            await stage.lose(other, lambda replica: other.raylet())
+            await _lose(stage, other, lambda replica: other.raylet())
             await _driver_stands_still(stage, head, spare)
-        assert stage.crowd.differences() == []
-        await stage.status(lambda it: it.num_blocks_used == 0)
-        await _ends_in_order(stage.server, head, spare)
+        await stage.check()
+        await _ends_in_order(stage, head, spare)
 
 
-async def _driver_stands_still(stage: Stage, *nodes: RayNode) -> None:
+async def _lose(
+    stage: RayStage, node: RayNode, choose: Callable[[psutil.Process], psutil.Process]
+) -> None:
+    """Kill what `choose` says for the replica on a node, under streams, and wait until it is gone
+    and replaced."""
+    ((name, replica),) = node.replicas().items()
+    before = await stage.is_worth_it(name)
+    choose(replica).kill()
+    await stage.were_moved(before)
+    await until(lambda: not lives(replica))
+    await stage.serves()
+
+
+async def _driver_stands_still(stage: RayStage, *nodes: RayNode) -> None:
     """Without renewals every replica is killed where it is; streams wait until they are back."""
     replicas = [it for node in nodes for it in node.replicas().values()]
     assert len(replicas) == 2
@@ -125,12 +81,12 @@ async def _driver_stands_still(stage: Stage, *nodes: RayNode) -> None:
     await stage.serves()
 
 
-async def _ends_in_order(server: Server, *nodes: RayNode) -> None:
+async def _ends_in_order(stage: RayStage, *nodes: RayNode) -> None:
     """SIGTERM leaves neither replica nor actor; the cluster is as it was."""
     replicas = [it for node in nodes for it in node.replicas().values()]
     assert len(replicas) == 2
-    server.process.send_signal(signal.SIGTERM)
-    assert await server.wait_exit() == 0
+    stage.server.process.send_signal(signal.SIGTERM)
+    assert await stage.server.wait_exit() == 0
     await until(lambda: not any(map(lives, replicas)))
     await until(lambda: not any(node.hosts() for node in nodes))
     assert all(lives(node.raylet()) for node in nodes)

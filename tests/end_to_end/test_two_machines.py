@@ -5,11 +5,9 @@ would have heard in peace (tests.support.crowd).
 """
 
 import asyncio
-import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,14 @@ from rillgate import AsyncClient
 from rillgate.status_types import ReplicaState, ServerStatus
 from tests.support.crowd import Crowd, undisturbed
 from tests.support.served import START_S
-from tests.support.two_machines import Machine, TwoMachines, two_machines, why_not
+from tests.support.two_machines import (
+    Machine,
+    TwoMachines,
+    client_on,
+    two_machines,
+    wait_line,
+    why_not,
+)
 
 _TOKEN = "between two machines, 1"
 _ENVIRONMENT = {
@@ -51,29 +56,6 @@ def _start(machine: Machine, *command: str) -> "subprocess.Popen[str]":
     )
 
 
-async def _line(process: "subprocess.Popen[str]", pattern: str) -> re.Match[str]:
-    """Read what a process writes until a line matches."""
-    stdout = process.stdout
-    assert stdout is not None
-    lines: list[str] = []
-    async with asyncio.timeout(START_S):
-        while line := await asyncio.to_thread(stdout.readline):
-            lines.append(line)
-            if found := re.search(pattern, line):
-                return found
-    raise AssertionError("".join(lines))
-
-
-@asynccontextmanager
-async def _client(machine: Machine, gateway: str, folder: Path) -> AsyncIterator[AsyncClient]:
-    """Call a gateway on a machine that this process is not on."""
-    socket = folder / "gateway.sock"
-    forward = machine.start(sys.executable, "-m", "tests.support.forward", str(socket), gateway)
-    await _line(forward, "FORWARDING")
-    async with AsyncClient(f"unix:{socket}") as client:
-        yield client
-
-
 async def _until(client: AsyncClient, condition: Callable[[ServerStatus], bool]) -> ServerStatus:
     async with asyncio.timeout(START_S):
         while True:
@@ -95,13 +77,13 @@ async def test_a_cut_cable_costs_a_pause(machines: TwoMachines, tmp_path: Path) 
         for machine, address in ((machines.a, near), (machines.b, far))
     ]
     for replica in replicas:
-        await _line(replica, "^READY")
+        await wait_line(replica, "^READY")
     gateway = _start(
         *(machines.a, "gateway", "--listen", "127.0.0.1:0"),
         *("--replica-address", near, "--replica-address", far),
     )
-    address = (await _line(gateway, r"^READY (\S+)")).group(1)
-    async with _client(machines.a, address, tmp_path) as client:
+    address = (await wait_line(gateway, r"^READY (\S+)")).group(1)
+    async with client_on(machines.a, address, tmp_path) as client:
         await _until(client, lambda status: _num_ready(status) == 2)
         crowd = Crowd([client], await undisturbed(client))
         async with crowd.running_streams():
@@ -133,14 +115,14 @@ async def test_a_replica_split_over_both_machines(machines: TwoMachines, tmp_pat
     supervisor would) it goes on with the streams that waited."""
     split = _start_split(machines, 29500)
     for rank in split:
-        await _line(rank, "^READY")
+        await wait_line(rank, "^READY")
     gateway = _start(
         *(machines.a, "gateway", "--listen", "127.0.0.1:0"),
         *("--replica-address", f"{machines.a.address}:{_PORT}"),
         *("--set", "gateway.failover_wait_s=60"),
     )
-    address = (await _line(gateway, r"^READY (\S+)")).group(1)
-    async with _client(machines.a, address, tmp_path) as client:
+    address = (await wait_line(gateway, r"^READY (\S+)")).group(1)
+    async with client_on(machines.a, address, tmp_path) as client:
         status = await _until(client, lambda it: _num_ready(it) == 1)
         assert status.replicas[0].tensor_parallel_size == 2
         crowd = Crowd([client], await undisturbed(client))
@@ -152,6 +134,6 @@ async def test_a_replica_split_over_both_machines(machines: TwoMachines, tmp_pat
             assert all(code != 0 for code in codes)
             machines.restore()
             for rank in _start_split(machines, 29501):
-                await _line(rank, "^READY")
+                await wait_line(rank, "^READY")
         assert crowd.differences() == []
         await _until(client, lambda it: it.num_blocks_used == 0)

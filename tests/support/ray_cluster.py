@@ -7,7 +7,6 @@ not import Ray: its processes are somebody else's, as they are for a user.
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Protocol
 import psutil
 
 from tests.support.served import NAME, START_S, STOP_S
+from tests.support.two_machines import wait_line
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -28,8 +28,8 @@ ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-_STARTED = re.compile("Ray runtime started")
-_HEAD_STARTED = re.compile(r"ray start --address='(\S+)'")
+_STARTED = "Ray runtime started"
+_HEAD_STARTED = r"ray start --address='(\S+)'"
 _POLL_S = 0.02
 
 
@@ -94,41 +94,29 @@ async def ray_node(start: Start, *flags: str) -> AsyncIterator[RayNode]:
         environment=ENVIRONMENT,
     )
     try:
-        pattern = _HEAD_STARTED if "--head" in flags else _STARTED
-        found = await _line(process, pattern)
-        yield RayNode(process, found.group(1) if "--head" in flags else "")
+        if "--head" in flags:
+            yield RayNode(process, (await wait_line(process, _HEAD_STARTED)).group(1))
+        else:
+            await wait_line(process, _STARTED)
+            yield RayNode(process, "")
     finally:
         await asyncio.to_thread(_end, process)
         shutil.rmtree(folder)
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """End a node in order (`ray start --block` ends its processes), and what is left of it."""
-    left = []
+    """Kill all of a node: in order it would wait half a minute for what it runs."""
+    own = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        left = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_S)
+        own = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait(STOP_S)
-    for other in left:
+    for other in own:
         with contextlib.suppress(psutil.NoSuchProcess):
             other.kill()
-    psutil.wait_procs(left, STOP_S)
+    psutil.wait_procs(own, STOP_S)
     assert process.stdout is not None
     process.stdout.close()
-
-
-async def _line(process: "subprocess.Popen[str]", pattern: re.Pattern[str]) -> re.Match[str]:
-    assert process.stdout is not None
-    lines: list[str] = []
-    async with asyncio.timeout(START_S):
-        while line := await asyncio.to_thread(process.stdout.readline):
-            lines.append(line)
-            if found := pattern.search(line):
-                return found
-    raise AssertionError("".join(lines))
 
 
 def lives(process: psutil.Process) -> bool:

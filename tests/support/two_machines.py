@@ -1,20 +1,27 @@
 """Two machines that are none: network namespaces joined by a cable that can be cut.
 
-Owns the namespaces, the veth pair between them and what runs in them. Needs root; `why_not` says
-what is missing where it cannot be had.
+Owns the namespaces, the veth pair between them, what runs in them and the way in for clients. Needs
+root; `why_not` says what is missing where it cannot be had.
 
     namespace A  10.77.N.1 ── veth ══ cable ══ veth ── 10.77.N.2  namespace B
 """
 
+import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
+
+from rillgate import AsyncClient
+from tests.support.served import START_S
 
 _STOP_S = 20.0
 
@@ -102,6 +109,29 @@ def two_machines() -> Iterator[TwoMachines]:
             subprocess.run(
                 ["ip", "netns", "del", machine.namespace], capture_output=True, check=False
             )
+
+
+async def wait_line(process: "subprocess.Popen[str]", pattern: str) -> re.Match[str]:
+    """Read what a process writes until a line matches."""
+    stdout = process.stdout
+    assert stdout is not None
+    lines: list[str] = []
+    async with asyncio.timeout(START_S):
+        while line := await asyncio.to_thread(stdout.readline):
+            lines.append(line)
+            if found := re.search(pattern, line):
+                return found
+    raise AssertionError("".join(lines))
+
+
+@contextlib.asynccontextmanager
+async def client_on(machine: Machine, gateway: str, folder: Path) -> AsyncIterator[AsyncClient]:
+    """Call a gateway on a machine that this process is not on."""
+    socket = folder / "gateway.sock"
+    forward = machine.start(sys.executable, "-m", "tests.support.forward", str(socket), gateway)
+    await wait_line(forward, "FORWARDING")
+    async with AsyncClient(f"unix:{socket}") as client:
+        yield client
 
 
 def _kill_all(machine: Machine) -> None:
