@@ -62,9 +62,15 @@ EXAMPLES: dict[type[RillgateError], tuple[RillgateError, Code, tuple[type[Any], 
         Code.UNAVAILABLE,
         (error_details_pb2.RetryInfo, error_details_pb2.ErrorInfo),
     ),
+    errors.StreamLost: (
+        errors.StreamLost("lost", 1.0, {"seed": "7"}),
+        Code.UNAVAILABLE,
+        (error_details_pb2.RetryInfo, error_details_pb2.ErrorInfo),
+    ),
 }
 OPERATORS_AND_OURS: dict[type[RillgateError], RillgateError] = {
     errors.EngineFailure: errors.EngineFailure("secret"),
+    errors.RankLost: errors.RankLost("secret"),
     errors.ConfigError: errors.ConfigError("secret"),
     errors.CheckpointError: errors.CheckpointError("secret"),
     errors.OutOfMemory: errors.OutOfMemory("secret", 2, 1),
