@@ -84,7 +84,7 @@ class RankLink:
         while done < length:
             count = self._socket.recv_into(view[done:])
             if not count:
-                raise RankLost(f"{self.name} has closed its connection")
+                raise RankLost(f"{self.name} is gone: it has closed its connection")
             done += count
         return bytes(data)
 
