@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from rillgate_server.replica.devices import AUTO, CPU, Placement
 from rillgate_server.replica.ray_replica import RayPlan, RayReplica
 from rillgate_server.replica.restarts import RestartPolicy
 from rillgate_server.replica.serve import say, supervise
+
+_CONNECT_S = 10.0
+"""To the head; Ray itself would try for minutes."""
 
 
 def run_serve(settings: Settings, model_dir: Path) -> int:
@@ -47,7 +51,8 @@ def run_serve(settings: Settings, model_dir: Path) -> int:
         ) as directory,
     ):
         addresses = AddressFile(Path(directory) / "replicas")
-        replicas = [RayReplica(plan, addresses, say) for plan in ray_plans(settings)]
+        has_gpus = "GPU" in ray.cluster_resources()
+        replicas = [RayReplica(plan, addresses, say) for plan in ray_plans(settings, has_gpus)]
         gateway = replace(
             settings.gateway,
             replica_addresses=(addresses.source, *settings.gateway.replica_addresses),
@@ -58,10 +63,10 @@ def run_serve(settings: Settings, model_dir: Path) -> int:
         return asyncio.run(supervise(group, replicas, policy))
 
 
-def ray_plans(settings: Settings) -> Iterator[RayPlan]:
+def ray_plans(settings: Settings, has_gpus: bool) -> Iterator[RayPlan]:
     """Say for each replica what its ranks are, and what each needs: a core per thread, or a GPU."""
     num_threads = settings.replica.num_threads or 1
-    has_gpus = settings.serve.devices == AUTO and "GPU" in ray.cluster_resources()
+    has_gpus = has_gpus and settings.serve.devices == AUTO
     bundle = {"CPU": float(num_threads), **({"GPU": 1.0} if has_gpus else {})}
     placement = Placement(
         "cuda:0" if has_gpus else CPU,
@@ -114,19 +119,25 @@ def _connected(address: str) -> Iterator[None]:
     """Join the cluster as a driver; raises ConfigError when there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where this starts the cluster
     if "://" in address:
-        raise ConfigError(
-            f"serve.ray_address is {address[:200]!r}; allowed: auto, local or HOST:PORT of a "
-            f"cluster that this machine is part of"
-        )
+        raise _no_cluster(address, "a client's address")
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise _no_cluster(address, str(error)) from error
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"serve.ray_address is {address[:200]!r}, and no Ray cluster was found there "
-            f"({' '.join(str(error).split())[:300]}); allowed: auto, local or HOST:PORT of a "
-            f"cluster that this machine is part of (`ray start`)"
-        ) from error
+        raise _no_cluster(address, " ".join(str(error).split())[:300]) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _no_cluster(address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"serve.ray_address is {address[:200]!r}, and no Ray cluster was found there ({why}); "
+        f"allowed: auto, local or HOST:PORT of a cluster that this machine is part of (`ray start`)"
+    )
