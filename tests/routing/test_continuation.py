@@ -49,6 +49,53 @@ def test_tokens_that_a_continuation_brought_are_no_progress() -> None:
     assert steps[-1] == GiveUp(GiveUpReason.BROKE_TOO_OFTEN)
 
 
+# -- handed over on purpose -----------------------------------------------------------------------
+
+
+def test_a_stream_that_is_handed_over_is_tried_elsewhere_at_once() -> None:
+    """However often: it is nobody's fault, and no break."""
+    attempts = Attempts(30)
+    assert all(attempts.handed_over(100.0, 0) == TryNow() for _ in range(2 * MAX_BREAKS))
+    assert attempts.broke(101.0, 0) == TryNow(), "the first one"
+
+
+def test_a_stream_that_is_handed_over_may_wait_for_a_place() -> None:
+    """From then on, though it has no token yet: it had a place, and loses none of its limit."""
+    attempts = Attempts(30)
+    attempts.handed_over(100.0, 0)
+    assert attempts.found_none(100.5) == WaitUntil(130.0)
+    attempts.handed_over(120.0, 0)
+    assert attempts.found_none(121.0) == WaitUntil(150.0)
+    assert attempts.found_none(150.0) == NOWHERE
+
+
+def test_refusals_before_a_hand_over_are_forgotten() -> None:
+    """Who was full then may have room now, and pauses begin with the shortest."""
+    attempts = Attempts(30)
+    attempts.broke(100.0, 5)
+    for _ in range(3):
+        attempts.refused("a", RejectReason.OVERLOADED)
+        attempts.found_none(100.0)
+    attempts.refused("a", RejectReason.OVERLOADED)
+    assert attempts.handed_over(101.0, 5) == TryNow()
+    assert attempts.refused("b", RejectReason.OVERLOADED) == TryNow(frozenset("b"))
+    assert attempts.found_none(101.0) == WaitUntil(101.0 + FIRST_RETRY_S)
+
+
+def test_a_hand_over_hides_no_progress_and_makes_none() -> None:
+    """Tokens that came before it part the breaks around it; without any, those are in a row."""
+    attempts = Attempts(30)
+    attempts.broke(100.0, 5)
+    attempts.handed_over(101.0, 50)
+    steps = [attempts.broke(102.0 + i, 50) for i in range(MAX_BREAKS)]
+    assert steps == [TryNow(), TryNow(), GiveUp(GiveUpReason.BROKE_TOO_OFTEN)]
+    attempts = Attempts(30)
+    attempts.broke(100.0, 5)
+    attempts.handed_over(101.0, 5)
+    steps = [attempts.broke(102.0 + i, 5) for i in range(MAX_BREAKS - 1)]
+    assert steps == [TryNow(), GiveUp(GiveUpReason.BROKE_TOO_OFTEN)]
+
+
 # -- nobody there ---------------------------------------------------------------------------------
 
 

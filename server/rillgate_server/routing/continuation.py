@@ -95,9 +95,7 @@ class Attempts:
 
     def broke(self, now: float, num_tokens: int) -> NextStep:
         """Say that the replica was lost. `num_tokens`: of all choices, that the caller has now."""
-        if num_tokens > self._num_tokens:
-            self._num_breaks = 0
-        self._num_tokens = num_tokens
+        self._note_progress(num_tokens)
         self._num_breaks += 1
         self._has_started = True  # or it may have: who is killed by a request says nothing of it
         self._end_wait()
@@ -108,7 +106,7 @@ class Attempts:
 
     def handed_over(self, now: float, num_tokens: int) -> NextStep:
         """Say that it was taken from its replica on purpose: nobody's fault, and it may wait."""
-        self._num_tokens = num_tokens
+        self._note_progress(num_tokens)
         self._has_started = True  # to others it is as good as started: it had a place
         self._end_wait()
         self._waiting_since_s = now
@@ -142,6 +140,11 @@ class Attempts:
             return WaitUntil(end_s)
         retry_s, self._retry_s = self._retry_s, min(2 * self._retry_s, LONGEST_RETRY_S)
         return WaitUntil(min(now + retry_s, end_s))
+
+    def _note_progress(self, num_tokens: int) -> None:
+        if num_tokens > self._num_tokens:
+            self._num_breaks = 0
+        self._num_tokens = num_tokens
 
     def _end_wait(self) -> None:
         self._waiting_since_s = None
