@@ -1,5 +1,6 @@
 """How evenly work spreads, by a short run of the benchmark's simulation; it repeats exactly."""
 
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -58,6 +59,24 @@ def test_waiting_requests_move_to_idle_nodes(runs: dict[str, list[Run]]) -> None
     for moved, still in zip(runs[MOVING], runs[ROUND_ROBIN], strict=True):
         assert moved.num_moves > 0 == still.num_moves
         assert moved.p99_ttft_s < still.p99_ttft_s
+
+
+@pytest.mark.parametrize("policy", ["prefix", "least-load"])
+def test_one_fit_that_is_far_off_does_not_spoil_the_service(policy: str) -> None:
+    """One of eight equal nodes looks a thousand times too fast: answers hardly take longer.
+
+    (Without a limit to speeds it gets nearly all requests, and they take four times as long.)
+    """
+    (contestant,) = (it for it in CONTESTANTS if it.name == policy)
+    equal = SCENARIOS[2]
+    wrong = replace(equal.specs[0], fit_error=0.001)
+    spoilt = replace(equal, specs=(wrong, *equal.specs[1:]))
+    for seed in SEEDS:
+        right, other = (
+            simulate(it, contestant, seed, RUN_S, WARM_UP_S).mean_response_s
+            for it in (equal, spoilt)
+        )
+        assert other < 1.2 * right
 
 
 def test_a_seed_gives_the_same_run_again() -> None:

@@ -74,10 +74,33 @@ def test_replicas_that_measured_a_little_differently_are_equals() -> None:
 
 
 def test_a_replica_that_has_measured_nothing_gets_requests() -> None:
-    """It counts as the fastest: without requests it would never measure anything."""
+    """It counts as the others do: without requests it would never measure anything."""
     cluster = Cluster("least-load", 2)
     cluster.load("b", EngineLoad())
     assert Counter(cluster.send(prompt(8)) for _ in range(30)) == {"a": 15, "b": 15}
+
+
+@pytest.mark.parametrize("factor", [0.1, 1e-6])
+def test_a_fit_that_is_far_too_low_does_not_draw_everything(factor: float) -> None:
+    """It counts as three times as fast as the others at most, and they as equals still."""
+    cluster = Cluster("least-load", 5)
+    wrong = FittedCosts(
+        COSTS.step_s * factor,
+        COSTS.prefill_token_s * factor,
+        decode_row_s=COSTS.decode_row_s * factor,
+    )
+    cluster.load("a", replace(IDLE, costs=wrong))
+    cluster.load("e", replace(IDLE, costs=SLOW))
+    sent = Counter(cluster.send(prompt(8)) for _ in range(130))
+    assert sent == {"a": 60, "b": 20, "c": 20, "d": 20, "e": 10}
+
+
+def test_a_fit_that_is_far_too_high_does_not_starve_its_replica() -> None:
+    """It gets a third of the others' share at least, and measures anew."""
+    cluster = Cluster("least-load", 4)
+    cluster.load("d", replace(IDLE, costs=FittedCosts(10.0, 1.0, decode_row_s=1.0)))
+    sent = Counter(cluster.send(prompt(8)) for _ in range(100))
+    assert sent == {"a": 30, "b": 30, "c": 30, "d": 10}
 
 
 def test_half_a_measurement_is_none() -> None:

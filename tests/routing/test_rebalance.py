@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,3 +129,48 @@ def test_a_second_look_moves_nothing_back(
         cluster.load(key, replace(IDLE, num_running=max(0, number)))
     moved = {move.request_key for move in planned}
     assert not moved & {move.request_key for move in moves(cluster, waiting)}
+
+
+@given(
+    st.lists(st.integers(0, 8), min_size=2, max_size=5),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3)), max_size=20),
+    st.randoms(use_true_random=False),
+)
+def test_moves_come_to_an_end_where_nothing_else_changes(
+    running: list[int], requests: list[tuple[int, int]], draw: Random
+) -> None:
+    """Though all may move again, and what moved may have to wait there, too: each plan makes the
+    loads more equal, so nothing goes back and forth.
+    """
+    keys = "abcde"[: len(running)]
+    cluster = Cluster("least-load", len(running))
+    num_running = dict(zip(keys, running, strict=True))
+    waiting: dict[str, list[WaitingRequest]] = {key: [] for key in keys}
+    for number, (place, num_choices) in enumerate(requests):
+        key = keys[place % len(keys)]
+        waiting[key].append(WaitingRequest(str(number), num_choices, cluster.now))
+
+    def look() -> list[Move]:
+        for key, placed in waiting.items():
+            num_waiting = sum(it.num_choices for it in placed)
+            load = replace(IDLE, num_running=num_running[key], num_waiting=num_waiting)
+            cluster.load(key, load)
+        return moves(cluster, waiting)
+
+    def unevenness() -> int:
+        views = cluster.router.views
+        return sum(view.num_choices**2 for view in views)
+
+    cluster.now += MIN_STAY_S
+    while planned := look():
+        before = unevenness()
+        for move in planned:
+            (request,) = (it for it in waiting[move.from_key] if it.request_key == move.request_key)
+            waiting[move.from_key].remove(request)
+            if draw.random() < 0.5:
+                num_running[move.to_key] += request.num_choices
+            else:
+                waiting[move.to_key].append(replace(request, placed_s=cluster.now))
+        cluster.now += MIN_STAY_S
+        look()
+        assert unevenness() < before

@@ -22,8 +22,14 @@ from rillgate_server.routing.replica_view import ReplicaView
 EXPECTED_TOKENS = 128
 """Of an answer, which nobody knows before its end."""
 SAME_SPEED_FRACTION = 0.7
-"""Of the fastest replica's speed: from there on a replica counts as equally fast. Fitted costs of
-equal machines differ by as much, and the one that looks best would win every tie."""
+"""Of the middle replica's speed, and one over it: in between a replica counts as equally fast.
+Fits of equal machines differ by as much, and the one that looks best would win every tie."""
+MAX_SPEED_RATIO = 3.0
+"""Between a replica's speed and the middle one's, at most. The cost model's fits of equal machines
+lay between a twentieth of the truth and 14 times as much, with long contexts and noisy steps. In
+benchmarks/replicas' simulation, one of 8 nodes that looks 1000 times too fast makes responses 0.1 s
+later with this limit, and 7 s without. Nodes that do differ by 10 lose nothing: what is slow to end
+adds up, and that counts, too."""
 MIN_FREE_FRACTION = 0.01
 """A share below this counts as this: a full node has a small weight, never none. (A replica that
 computes on the CPU leaves none of it free.)"""
@@ -47,19 +53,20 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Yardstick:
-    """What work costs on the fastest of the replicas.
+    """What work costs on the middle one of the replicas.
 
-    One number per replica says how much slower it is. (Each one's own fitted costs would not do:
-    what a fit gives to the step, to tokens and to rows depends on what it happened to see.)
+    One number per replica says how much faster or slower it is. (Each one's own fitted costs would
+    not do: what a fit gives to the step, to tokens and to rows depends on what it happened to see.
+    Nor would the fastest's: that is the one whose fit may be the most wrong.)
     """
 
     costs: FittedCosts
-    best_s: float
+    middle_s: float
     """Of the standard step; 0: nobody measured one."""
 
     @classmethod
     def of(cls, views: Iterable[ReplicaView]) -> "Yardstick":
-        """Measure by the fastest of `views`."""
+        """Measure by the middle one of `views`; of two in the middle, by the faster."""
         measured = [
             (seconds, view.load.costs)
             for view in views
@@ -67,19 +74,23 @@ class Yardstick:
         ]
         if not measured:
             return cls(_UNMEASURED, 0.0)
-        best_s, costs = min(measured, key=lambda it: it[0])
-        return cls(costs, best_s)
+        measured.sort(key=lambda it: it[0])
+        middle_s, costs = measured[(len(measured) - 1) // 2]
+        return cls(costs, middle_s)
 
     def speed(self, view: ReplicaView) -> float:
-        """Return a replica's speed over the fastest's, at most 1.
+        """Return a replica's speed over the middle one's, within the limits above.
 
-        One that has measured nothing counts as the fastest: with less it would get no requests, and
-        never measure any.
+        One that has measured nothing counts as the middle one: with much less it would get no
+        requests, and never measure any.
         """
         seconds = _standard_step_s(view.load) if view.load is not None else 0.0
-        if seconds * SAME_SPEED_FRACTION <= self.best_s:
+        if seconds == 0.0:
             return 1.0
-        return self.best_s / seconds
+        speed = self.middle_s / seconds
+        if SAME_SPEED_FRACTION <= speed <= 1 / SAME_SPEED_FRACTION:
+            return 1.0
+        return min(max(speed, 1 / MAX_SPEED_RATIO), MAX_SPEED_RATIO)
 
     def work_s(self, view: ReplicaView, num_prefill_tokens: int, num_decode_tokens: int) -> float:
         """Predict the seconds in which a replica computes so much, with a full batch."""

@@ -88,7 +88,7 @@ def _seats(view: ReplicaView) -> _Seats:
 
 
 def _best_receiver(receivers: Sequence[_Seats], sender: _Seats, num_choices: int) -> _Seats | None:
-    """Return the least loaded one with room, if it stays below what the sender then has."""
+    """Return the least loaded one with room, if it has no more than the sender then."""
     able = [
         it
         for it in receivers
