@@ -75,12 +75,21 @@ class RayNode:
 
     def hosts(self) -> list[psutil.Process]:
         """Return the actors that run ranks."""
-        return [it for it in self.raylet().children() if it.name().startswith("ray::RankHost")]
+        return [it for it in self.raylet().children() if _title(it).startswith("ray::RankHost")]
 
     def replicas(self) -> dict[str, psutil.Process]:
         """Map name -> process of the replicas here."""
-        found = [it for host in self.hosts() for it in host.children()]
-        return {it.environ()[NAME]: it for it in found if NAME in it.environ()}
+        found = {}
+        for host in self.hosts():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended as we looked
+                found.update({it.environ()[NAME]: it for it in host.children()})
+        return found
+
+
+def _title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
 
 
 @contextlib.asynccontextmanager
