@@ -5,6 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.support.worker_fixtures import checkpoint, one_thread, reference
+
+__all__ = ["checkpoint", "one_thread", "reference"]
+
 _ROW = "gpu-check"
 _OUTCOMES = ("passed", "failed", "error", "skipped")
 

@@ -3,9 +3,9 @@
 import pytest
 
 from rillgate_server.config.groups import CacheConfig
-from rillgate_server.core.model_spec import CacheSizes
+from rillgate_server.core.model_spec import CacheSizes, FreeMemory
 from rillgate_server.errors import ConfigError, OutOfMemory
-from rillgate_server.replica.cache_size import CacheDemand, FreeMemory, choose_cache_sizes
+from rillgate_server.replica.cache_size import CacheDemand, choose_cache_sizes
 
 BLOCK_BYTES = 100_000
 CONTEXT = CacheDemand(100, 4096, 16, BLOCK_BYTES, "bfloat16")

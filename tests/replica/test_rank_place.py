@@ -33,10 +33,10 @@ def test_settings_say_rank_and_rendezvous(rendezvous: str, host: str) -> None:
 
 def test_torchrun_says_it_where_the_settings_do_not() -> None:
     """Rank 0 hosts the store, unless torchrun's agent does; then the attempt matters."""
-    assert find_place(ReplicaConfig(), TORCHRUN) == Place(1, 4, "10.0.0.5", 29500)
+    assert find_place(ReplicaConfig(), TORCHRUN) == Place(1, 4, "10.0.0.5", 29500, 1)
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
     place = find_place(ReplicaConfig(), TORCHRUN | agent)
-    assert place == Place(1, 4, "10.0.0.5", 29500, "3")
+    assert place == Place(1, 4, "10.0.0.5", 29500, 1, "3")
     assert not place.is_door
 
 
@@ -55,6 +55,7 @@ def test_torchrun_says_it_where_the_settings_do_not() -> None:
         ),
         (ReplicaConfig(), TORCHRUN | {"RANK": "4"}, "RANK is '4'; allowed: 0 to 3"),
         (ReplicaConfig(), TORCHRUN | {"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x'; allowed: 1 to 1024"),
+        (ReplicaConfig(), TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK is '4'; allowed: 0 to 3"),
         (ReplicaConfig(), TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT is '0'; allowed: 1 to"),
     ],
 )

@@ -14,25 +14,29 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from rillgate_server.core.step import CopyDirection, StepPlan, StepResult
 from rillgate_server.errors import RankLost
+from rillgate_server.worker import collectives, rank_group
 from rillgate_server.worker.collectives import Collectives
-from rillgate_server.worker.host_memory import available_bytes
+from rillgate_server.worker.compute_device import CPU, find_device, free_memory
 from rillgate_server.worker.kv_transfer import BlockCopier, Pairs
 from rillgate_server.worker.rank_executor import RankExecutor
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_loop import run_rank
 from rillgate_server.worker.rendezvous import RankPlace
-from rillgate_server.worker.worker import DEVICE, Worker, WorkerOptions
+from rillgate_server.worker.worker import Worker, WorkerOptions
 from tests.support.worker_fixtures import BLOCK_SIZE
 
+find_free_memory = partial(free_memory, CPU, 0, 1)
 WAIT_S = 60.0
 """Far more than anything here takes; reached only when a test fails."""
 
@@ -133,17 +137,23 @@ class Split:
         self.group.collectives.close()
 
 
-def join(pool: RankPool, path: Path, ranks: int, **order: object) -> Split:
+def let_ranks_share_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Compute over Gloo and name no device, in this process: NCCL wants a device for each rank."""
+    patch.setitem(collectives.BACKENDS, "cuda", "gloo")
+    patch.setattr(rank_group, "identity", lambda _device: "")
+
+
+def join(
+    pool: RankPool, path: Path, ranks: int, device: torch.device = CPU, **order: object
+) -> Split:
     """Load a checkpoint over `ranks` processes, this one rank 0; `order` changes what others do."""
     port = free_port()
-    others = [
-        pool.start(path=str(path), rank=rank, ranks=ranks, port=port, **order)
-        for rank in range(1, ranks)
-    ]
-    group = RankGroup.join(RankPlace(0, ranks, "127.0.0.1", port), {}, DEVICE, WAIT_S)
+    order |= {"path": str(path), "ranks": ranks, "port": port, "device": device.type}
+    others = [pool.start(rank=rank, **order) for rank in range(1, ranks)]
+    group = RankGroup.join(RankPlace(0, ranks, "127.0.0.1", port), {}, device, WAIT_S)
     lost: Future[RankLost] = Future()
     group.call_on_loss(lost.set_result)
-    worker = Worker.load(path, _options(), group=group)
+    worker = Worker.load(path, _options(device), group=group)
     return Split(RankExecutor(worker, group), worker, group, others, lost)
 
 
@@ -154,11 +164,11 @@ def split_model(
     ranks: int = 2,
     num_blocks: int = 60,
     num_host_blocks: int = 0,
-    **order: object,
+    **order: Any,  # `join`'s
 ) -> Iterator[Split]:
     """Give a split model with a small cache, and end it in good order unless a rank is lost."""
     split = join(pool, path, ranks, **order)
-    split.executor.least_spare_bytes(available_bytes)
+    split.executor.least_free_memory(find_free_memory)
     split.executor.allocate_cache(num_blocks, num_host_blocks, bool(num_host_blocks))
     try:
         yield split
@@ -170,16 +180,16 @@ def split_model(
             assert [rank.wait() for rank in split.ranks] == [0] * (ranks - 1)
 
 
-def _options() -> WorkerOptions:
-    return WorkerOptions(dtype="float32", num_threads=1, block_size_tokens=BLOCK_SIZE)
+def _options(device: torch.device) -> WorkerOptions:
+    return WorkerOptions("float32", num_threads=1, block_size_tokens=BLOCK_SIZE, device=device)
 
 
 class FaultyCollectives:
     """Collectives of a rank that gets a signal in the middle of a step."""
 
-    def __init__(self, collectives: Collectives, at: int, number: int) -> None:
+    def __init__(self, sound: Collectives, at: int, number: int) -> None:
         """Raise signal `number` instead of entering the collective `at`, counted from 0."""
-        self._collectives = collectives
+        self._collectives = sound
         self._at = at
         self._number = number
 
@@ -239,16 +249,21 @@ class FaultyWorker(Worker):
 
 def _become(order: dict[str, Any]) -> None:
     place = RankPlace(order["rank"], order["ranks"], "127.0.0.1", order["port"])
-    group = RankGroup.join(place, {}, DEVICE, WAIT_S)
+    device = torch.device(order["device"])
+    if device.type == "cuda":
+        if order.get("shares_gpu"):
+            let_ranks_share_a_gpu(pytest.MonkeyPatch())
+        device = find_device(order.get("local_rank", order["rank"]))
+    group = RankGroup.join(place, {}, device, WAIT_S)
     if "signal" in order:
         group.collectives = FaultyCollectives(  # type: ignore[assignment]
             group.collectives, order["at"], order["signal"]
         )
-    worker = FaultyWorker.load(Path(order["path"]), _options(), group=group)
+    worker = FaultyWorker.load(Path(order["path"]), _options(device), group=group)
     assert isinstance(worker, FaultyWorker)
     worker.copies = order.get("copies", "")
     worker.raises_at = order.get("raises_at", -1)
-    run_rank(worker, group, available_bytes, lambda: None)
+    run_rank(worker, group, find_free_memory, lambda: None)
 
 
 def main() -> None:

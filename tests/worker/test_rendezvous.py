@@ -17,14 +17,20 @@ FACTS = {"model digest": "abc", "model.dtype": "float32"}
 
 
 def meeting(
-    port: int, rank: int, ranks: int, facts: Mapping[str, str] = FACTS, join_s: float = WAIT_S
+    port: int,
+    rank: int,
+    ranks: int,
+    facts: Mapping[str, str] = FACTS,
+    join_s: float = WAIT_S,
+    device: str = "",
 ) -> "Future[Meeting]":
     """Let a rank come, on a thread of its own."""
     future: Future[Meeting] = Future()
 
     def run() -> None:
         try:
-            future.set_result(meet(RankPlace(rank, ranks, "127.0.0.1", port), facts, join_s))
+            place = RankPlace(rank, ranks, "127.0.0.1", port)
+            future.set_result(meet(place, facts, device, join_s))
         except Exception as error:  # for the test to look at
             future.set_exception(error)
 
@@ -54,6 +60,19 @@ def test_ranks_that_agree_are_linked_with_rank_0() -> None:
         assert other.num_local == 3
     assert host.num_local == 3
     close(host, *met)
+
+
+def test_two_ranks_cannot_share_a_gpu() -> None:
+    """CPUs they can (the other tests), and two that each have their own."""
+    port = free_port()
+    ranks = [meeting(port, rank, 2, device="GPU-0") for rank in (0, 1)]
+    says = r"rank 1 and rank 0 \(on .*\) have the same CUDA device, GPU-0; allowed: at most one"
+    for future in ranks:
+        with pytest.raises(ConfigError, match=says):
+            future.result(WAIT_S)
+    port = free_port()
+    ranks = [meeting(port, rank, 2, device=f"GPU-{rank}") for rank in (0, 1)]
+    close(*(future.result(WAIT_S) for future in ranks))
 
 
 @pytest.mark.parametrize("name", list(FACTS))

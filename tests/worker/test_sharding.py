@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rillgate_server.errors import ConfigError
 from rillgate_server.worker.model_loader import load_config, load_network
-from rillgate_server.worker.sharding import Sharding, check_devices, check_split, heads_of_rank
+from rillgate_server.worker.sharding import Sharding, check_split, heads_of_rank
 from rillgate_server.worker.worker import check_ranks
 from tests.support.checkpoints import KINDS, make_checkpoint
 from tests.support.worker_fixtures import MakeCheckpoint
@@ -118,14 +118,6 @@ def test_a_plan_may_name_the_embedding(checkpoint: MakeCheckpoint) -> None:
     split = Sharding(config, 1, 2).split_of("model.embed_tokens.weight", (211, 64))
     assert split is not None
     assert (split.dim, split.first, split.last, split.length) == (0, 106, 211, 106)
-
-
-def test_two_ranks_cannot_share_a_gpu() -> None:
-    """CPUs they can."""
-    check_devices("cpu", 0, 4)
-    check_devices("cuda", 2, 2)
-    with pytest.raises(ConfigError, match="puts 3 ranks on this machine, which has 2 CUDA devices"):
-        check_devices("cuda", 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from rillgate_server.config.groups import ROUTING_POLICIES
 from rillgate_server.config.settings import Settings, load_settings
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.errors import ConfigError, RillgateError
+from rillgate_server.worker.allocator import use_one_heap
 
 EXIT_OPERATOR = 2
 
@@ -36,6 +37,8 @@ class _Command:
     needs_addresses: bool = False
     ray_module: str = ""
     """Which has the function for serve.cluster = ray."""
+    computes: bool = False
+    """In this process."""
 
     def __call__(self, args: argparse.Namespace) -> int:
         """Read the settings, find the model, run."""
@@ -46,6 +49,8 @@ class _Command:
                     "gateway.replica_addresses is empty; allowed: at least one "
                     "(--replica-address ADDRESS)"
                 )
+            if self.computes:
+                use_one_heap()
             run: Callable[[Settings, Path], int] = getattr(self._import(settings), self.function)
             return run(settings, model_dir)
         except RillgateError as error:
@@ -102,7 +107,9 @@ def add_commands(subparsers: Subparsers) -> None:
     _add_ranks(replica)
     _add_model(replica)
     _add_common(replica)
-    replica.set_defaults(run=_Command("rillgate_server.replica.process", "run_replica"))
+    replica.set_defaults(
+        run=_Command("rillgate_server.replica.process", "run_replica", computes=True)
+    )
     gateway = subparsers.add_parser(
         "gateway",
         help="start a gateway by itself, over replicas that run elsewhere",

@@ -5,6 +5,7 @@ cannot disagree. Does not know tensors.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rillgate_server.errors import ConfigError
@@ -103,6 +104,24 @@ class KVLayout:
 def _aligned(offset_bytes: int, alignment_bytes: int) -> int:
     """Round up to the alignment."""
     return -(-offset_bytes // alignment_bytes) * alignment_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """What a cache's tiers may take, once the weights are loaded."""
+
+    device_bytes: int
+    host_bytes: int
+    is_shared: bool
+    """Device and host are the same memory: a replica on CPUs."""
+
+    def least(self, others: Sequence["FreeMemory"]) -> "FreeMemory":
+        """Return what all have, where each keeps a part of every block."""
+        return FreeMemory(
+            min(it.device_bytes for it in (self, *others)),
+            min(it.host_bytes for it in (self, *others)),
+            self.is_shared,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,22 +11,12 @@ from dataclasses import dataclass
 
 from rillgate_server.config.groups import CacheConfig
 from rillgate_server.config.memory_size import parse_memory_size
-from rillgate_server.core.model_spec import CacheSizes
+from rillgate_server.core.model_spec import CacheSizes, FreeMemory
 from rillgate_server.errors import ConfigError, OutOfMemory
 
 FREE_MEMORY_FRACTION = 0.5
 """Of what is free once the weights are there, when nothing is configured: the other half is for
 activations, the gateway and whoever else lives on the machine."""
-
-
-@dataclass(frozen=True, slots=True)
-class FreeMemory:
-    """What the tiers may take, once the weights are loaded."""
-
-    device_bytes: int
-    host_bytes: int
-    is_shared: bool
-    """Device and host are the same memory: a replica on CPUs."""
 
 
 @dataclass(frozen=True, slots=True)

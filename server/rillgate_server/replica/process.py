@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -22,18 +21,24 @@ from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.release import release_of
 from rillgate_server.core.step_codec import STEP_FORMAT
 from rillgate_server.errors import RankLost, RillgateError
-from rillgate_server.replica.cache_size import CacheDemand, FreeMemory, choose_cache_sizes
+from rillgate_server.replica.cache_size import CacheDemand, choose_cache_sizes
 from rillgate_server.replica.doors import check_doors
 from rillgate_server.replica.progress import loading_progress
 from rillgate_server.replica.rank_place import Place, find_place
 from rillgate_server.replica.serving import EXIT_ENGINE_FAILED, serve_engine
 from rillgate_server.service.log_events import configure_logging
-from rillgate_server.worker.host_memory import spare_bytes
+from rillgate_server.worker.compute_device import (
+    Device,
+    FindFreeMemory,
+    describe,
+    find_device,
+    free_memory,
+)
 from rillgate_server.worker.rank_executor import RankExecutor
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_loop import run_rank
 from rillgate_server.worker.rendezvous import RankPlace
-from rillgate_server.worker.worker import DEVICE, Worker, WorkerOptions, check_ranks, resolve_dtype
+from rillgate_server.worker.worker import Worker, WorkerOptions, check_ranks, resolve_dtype
 
 _RELEASES = ("rillgate", "torch", "transformers")
 """What must be the same on all ranks: others may compute, or talk to one another, otherwise."""
@@ -62,11 +67,12 @@ def run_replica(settings: Settings, model_dir: Path) -> int:
 
 def _serve(settings: Settings, model_dir: Path) -> int:
     """Serve a model that is whole."""
-    find_spare_bytes = partial(spare_bytes, settings.replica.max_memory_bytes)
+    device = find_device()
+    find_free_memory = partial(free_memory, device, settings.replica.max_memory_bytes, 1)
     with _loading() as loading:
-        worker = loading.submit(_load_worker, settings, model_dir).result()
+        worker = loading.submit(_load_worker, settings, model_dir, device).result()
         spec = _serving_spec(settings, worker.spec)
-        sizes = loading.submit(_allocate_cache, settings, spec, worker, find_spare_bytes).result()
+        sizes = loading.submit(_allocate_cache, settings, spec, worker, find_free_memory).result()
     _freeze()
     try:
         return serve_engine(settings, spec, sizes, worker)
@@ -77,28 +83,29 @@ def _serve(settings: Settings, model_dir: Path) -> int:
 def _run_split(settings: Settings, model_dir: Path, place: Place) -> int:
     """Serve a split model as rank 0, or carry out its plans as another."""
     check_ranks(model_dir, place.ranks)
+    device = find_device(place.local_rank)
     group = RankGroup.join(
         RankPlace(place.rank, place.ranks, place.host, place.port, place.agent_attempt),
-        _facts(settings, model_dir, place.ranks),
-        DEVICE,
+        _facts(settings, model_dir, place.ranks) | {"device type": device.type},
+        device,
     )
     try:
         run = _lead if place.rank == 0 else _follow
-        return run(settings, model_dir, group)
+        return run(settings, model_dir, device, group)
     except RillgateError as error:
         if not isinstance(error, RankLost):
             group.refuse(str(error))
         raise
 
 
-def _lead(settings: Settings, model_dir: Path, group: RankGroup) -> int:
-    own = _find_spare_bytes(settings, group)
+def _lead(settings: Settings, model_dir: Path, device: Device, group: RankGroup) -> int:
+    own = _find_free_memory(settings, device, group)
     with _loading() as loading:
-        worker = loading.submit(_load_worker, settings, model_dir, group).result()
+        worker = loading.submit(_load_worker, settings, model_dir, device, group).result()
         executor = RankExecutor(worker, group)
         spec = _serving_spec(settings, worker.spec)
         sizes = loading.submit(
-            _allocate_cache, settings, spec, executor, partial(executor.least_spare_bytes, own)
+            _allocate_cache, settings, spec, executor, partial(executor.least_free_memory, own)
         ).result()
     _freeze()
     replica = replace(settings.replica, tensor_parallel_size=group.place.ranks)
@@ -112,25 +119,25 @@ def _lead(settings: Settings, model_dir: Path, group: RankGroup) -> int:
     return code
 
 
-def _follow(settings: Settings, model_dir: Path, group: RankGroup) -> int:
+def _follow(settings: Settings, model_dir: Path, device: Device, group: RankGroup) -> int:
     # Rank 0 ends this one, once its streams are done: a signal to both must not end it first.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     with _loading() as loading:
-        worker = loading.submit(_load_worker, settings, model_dir, group).result()
+        worker = loading.submit(_load_worker, settings, model_dir, device, group).result()
     _freeze()
     rank, ranks = group.place.rank, group.place.ranks
     run_rank(
         worker,
         group,
-        _find_spare_bytes(settings, group),
+        _find_free_memory(settings, device, group),
         lambda: print(f"READY rank {rank} of {ranks}", flush=True),
     )
     return 0
 
 
-def _find_spare_bytes(settings: Settings, group: RankGroup) -> Callable[[], int]:
-    return partial(spare_bytes, settings.replica.max_memory_bytes, group.num_local)
+def _find_free_memory(settings: Settings, device: Device, group: RankGroup) -> FindFreeMemory:
+    return partial(free_memory, device, settings.replica.max_memory_bytes, group.num_local)
 
 
 def _end_lost() -> int:
@@ -175,7 +182,9 @@ def _serving_spec(settings: Settings, spec: ModelSpec) -> ModelSpec:
     return named.with_context_of(settings.model.max_context_tokens)
 
 
-def _load_worker(settings: Settings, model_dir: Path, group: RankGroup | None = None) -> Worker:
+def _load_worker(
+    settings: Settings, model_dir: Path, device: Device, group: RankGroup | None = None
+) -> Worker:
     started_s = time.monotonic()
     num_cores = len(os.sched_getaffinity(0))
     options = WorkerOptions(
@@ -184,10 +193,14 @@ def _load_worker(settings: Settings, model_dir: Path, group: RankGroup | None = 
         or max(1, num_cores // (1 if group is None else group.num_local)),
         block_size_tokens=settings.cache.block_size_tokens,
         kv_dtype=settings.cache.kv_dtype,
+        device=device,
     )
     with loading_progress(sys.stdout, sys.stderr) as on_progress:
         worker = Worker.load(model_dir, options, on_progress, group)
-    _log.info("loaded %s in %.1f s", model_dir, time.monotonic() - started_s)
+    where = describe(device)
+    _log.info(
+        "loaded %s in %.1f s; computing on %s", model_dir, time.monotonic() - started_s, where
+    )
     return worker
 
 
@@ -195,12 +208,11 @@ def _allocate_cache(
     settings: Settings,
     spec: ModelSpec,
     worker: Worker | RankExecutor,
-    find_free_bytes: Callable[[], int],
+    find_free_memory: FindFreeMemory,
 ) -> CacheSizes:
-    free_bytes = find_free_bytes()
     sizes = choose_cache_sizes(
         settings.cache,
-        FreeMemory(free_bytes, free_bytes, is_shared=True),  # the worker computes on CPUs
+        find_free_memory(),
         CacheDemand(
             spec.max_context_tokens,
             settings.batcher.max_running,

@@ -21,6 +21,8 @@ class Place:
     ranks: int = 1
     host: str = ""
     port: int = 0
+    local_rank: int = 0
+    """Among the ranks that its launcher started on this machine."""
     agent_attempt: str = ""
     """Where torchrun's agent hosts the store at the address already: which of its starts of the
     workers this is."""
@@ -68,6 +70,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Place:
         size,
         environment["MASTER_ADDR"],
         _number("MASTER_PORT", environment["MASTER_PORT"], 1, 65535),
+        _number("LOCAL_RANK", environment.get("LOCAL_RANK", "0"), 0, size - 1),
         attempt,
     )
 

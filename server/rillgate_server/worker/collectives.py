@@ -23,7 +23,7 @@ _TIMEOUT = timedelta(hours=1)
 """Of a collective. Only a backstop: a long step of another rank is no fault, and a rank that hangs
 is found by its silence, in seconds."""
 
-_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 class Collectives:
@@ -43,7 +43,13 @@ class Collectives:
         self.num_entered = 0
         try:
             dist.init_process_group(
-                _BACKENDS[device.type], store=store, rank=rank, world_size=ranks, timeout=_TIMEOUT
+                BACKENDS[device.type],
+                store=store,
+                rank=rank,
+                world_size=ranks,
+                timeout=_TIMEOUT,
+                # NCCL then connects here and now, and an error is one of the start.
+                device_id=device if BACKENDS[device.type] == "nccl" else None,
             )
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
             raise RankLost(f"rank {rank} of {ranks} could not join its group: {error}") from error

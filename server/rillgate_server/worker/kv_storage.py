@@ -12,11 +12,9 @@ from torch import Tensor
 
 from rillgate_server.core.model_spec import KVLayout
 from rillgate_server.errors import OutOfMemory
-from rillgate_server.worker.host_memory import available_bytes
+from rillgate_server.worker.compute_device import CPU, free_bytes
 from rillgate_server.worker.layer_cache import view_layer
 from rillgate_server.worker.pinned_memory import Pin, try_to_pin
-
-_CPU = torch.device("cpu")
 
 
 class KVStorage:
@@ -32,7 +30,7 @@ class KVStorage:
         layout: KVLayout,
         num_blocks: int,
         *,
-        device: torch.device = _CPU,
+        device: torch.device = CPU,
         taken_bytes: int = 0,
         pin: Pin | None = None,
     ) -> None:
@@ -43,9 +41,9 @@ class KVStorage:
         where it cannot, that is logged and the memory stays pageable.
         """
         num_bytes = num_blocks * layout.block_bytes
-        free_bytes = max(0, _free_bytes(device) - taken_bytes)
-        if num_bytes > free_bytes:
-            raise OutOfMemory(f"a cache tier of {num_blocks} blocks", num_bytes, free_bytes)
+        left_bytes = max(0, free_bytes(device) - taken_bytes)
+        if num_bytes > left_bytes:
+            raise OutOfMemory(f"a cache tier of {num_blocks} blocks", num_bytes, left_bytes)
         self.layout = layout
         self.num_blocks = num_blocks
         self.bytes = _reserve(num_bytes, device).view(num_blocks, layout.block_bytes)
@@ -68,13 +66,6 @@ class KVStorage:
         """Zero whole blocks."""
         for block in blocks:
             self.bytes[block].zero_()
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes)
-    return available_bytes()
 
 
 def _reserve(num_bytes: int, device: torch.device) -> Tensor:

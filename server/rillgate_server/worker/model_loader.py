@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from rillgate_server.core.checkpoint import TensorEntry, read_config, read_tensor_entries
 from rillgate_server.errors import CheckpointError, OutOfMemory
+from rillgate_server.worker.compute_device import CPU
 from rillgate_server.worker.host_memory import available_bytes
 from rillgate_server.worker.network.transformers_network import ATTENTION_NAME, rotary_modules
 from rillgate_server.worker.sharding import Sharding, TensorSplit
@@ -42,6 +43,15 @@ intermediate]."""
 
 
 _WHOLE = (slice(None),)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Where weights go."""
+
+    device: torch.device
+    free_bytes: int
+    """That they may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +100,13 @@ def load_network(
     dtype: torch.dtype,
     on_progress: Progress | None = None,
     sharding: Sharding | None = None,
-    free_bytes: int | None = None,
+    memory: Memory | None = None,
 ) -> PreTrainedModel:
     """Build and fill the network, or one rank's part of it, in `dtype`.
 
-    `free_bytes` are what it may take; None: what the machine has. Raises CheckpointError (files,
-    architecture, tensors that are missing, unexpected or of another shape, by name) or OutOfMemory,
-    before any weight is read where that is possible.
+    `memory` is where it goes and how much of it there is; None: the machine's. Raises
+    CheckpointError (files, architecture, tensors that are missing, unexpected or of another shape,
+    by name) or OutOfMemory, before any weight is read where that is possible.
     """
     entries = read_tensor_entries(model_dir)
     model = _empty_network(model_dir, dtype)
@@ -108,12 +118,16 @@ def load_network(
     types = {name: _target_dtype(model, name, dtype) for name in shapes}
     own_shapes = {n: s.local_shape(shapes[n]) if s else shapes[n] for n, s in splits.items()}
     needed_bytes = sum(math.prod(s) * types[name].itemsize for name, s in own_shapes.items())
-    free_bytes = available_bytes() if free_bytes is None else free_bytes
-    if needed_bytes > free_bytes:
-        raise OutOfMemory(f"loading {model_dir}", needed_bytes, free_bytes)
+    memory = memory or Memory(CPU, available_bytes())
+    if needed_bytes > memory.free_bytes:
+        raise OutOfMemory(f"loading {model_dir}", needed_bytes, memory.free_bytes)
 
     targets = {
-        name: _Target(shapes[name], torch.empty(shape, dtype=types[name]), splits[name])
+        name: _Target(
+            shapes[name],
+            torch.empty(shape, dtype=types[name], device=memory.device),
+            splits[name],
+        )
         for name, shape in own_shapes.items()
     }
     places = _place_all(model, entries, targets, is_tied=is_tied)
@@ -127,7 +141,8 @@ def load_network(
         _set_tensor(model, name, target.own)
     if is_tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    _rebuild_rotary(model)
+    with memory.device:
+        _rebuild_rotary(model)
     return model.eval()
 
 

@@ -22,6 +22,7 @@ from rillgate_server.core.step import (
 )
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.worker.attention.base import AttentionBackend
+from rillgate_server.worker.compute_device import CPU, wait_for
 from rillgate_server.worker.input_batch import InputBatch
 from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.kv_transfer import KVTransfer
@@ -89,11 +90,15 @@ class ModelRunner:
         self._storage.clear(self._batch.apply(plan))
         if not plan.rows:
             return StepResult(plan.step_id, ())
-        step = self._batch.pack(plan.rows)
+        device = self._storage.bytes.device
+        step = self._batch.pack(plan.rows).on(device)
         hidden = self._network.hidden(step.token_ids, step.positions, self._attention.prepare(step))
         sampling_rows = [row for row in plan.rows if row.samples]
-        last_tokens = _last_tokens(plan.rows)
+        last_tokens = _last_tokens(plan.rows).to(device)
         logits = self._network.logits(hidden[last_tokens]) if sampling_rows else None
+        if logits is not None:
+            logits = logits.to(CPU)
+        wait_for(device)
         computed = time.perf_counter()
 
         sampled = self._sample(sampling_rows, logits)
@@ -148,7 +153,7 @@ class ModelRunner:
             token_ids = following[i : i + _LOGPROB_POSITIONS]
             logits = self._network.logits(hidden[i : i + len(token_ids)])
             if logits is not None:
-                logprobs.extend(token_logprobs(logits, token_ids, num_top))
+                logprobs.extend(token_logprobs(logits.to(CPU), token_ids, num_top))
         return tuple(logprobs)
 
 

@@ -12,10 +12,9 @@ equally many collectives: a plan that contradicts the slots) fails alone, and it
 that raises on some ranks leaves the others inside a collective: the group is lost, RankLost.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from rillgate_server.core.model_spec import KVLayout, ModelSpec
+from rillgate_server.core.model_spec import FreeMemory, KVLayout, ModelSpec
 from rillgate_server.core.step import CopyDone, StepPlan, StepResult
 from rillgate_server.core.step_codec import (
     RankReport,
@@ -25,6 +24,7 @@ from rillgate_server.core.step_codec import (
     sampled_tokens,
 )
 from rillgate_server.errors import RankLost
+from rillgate_server.worker.compute_device import FindFreeMemory
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_watch import OnLost
 from rillgate_server.worker.worker import Worker
@@ -69,13 +69,13 @@ class RankExecutor:
         """See Worker."""
         return self._worker.num_pageable_host_blocks
 
-    def least_spare_bytes(self, find_spare_bytes: Callable[[], int]) -> int:
+    def least_free_memory(self, find_free_memory: FindFreeMemory) -> FreeMemory:
         """Wait until all ranks have loaded; return what the poorest may take for its cache.
 
-        `find_spare_bytes` says it of this one.
+        `find_free_memory` says it of this one.
         """
-        others = [int(answer["spare_bytes"]) for answer in self._group.hear()]
-        return min(find_spare_bytes(), *others)
+        others = [FreeMemory(**answer["free_memory"]) for answer in self._group.hear()]
+        return find_free_memory().least(others)
 
     def allocate_cache(
         self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False

@@ -12,10 +12,10 @@ import torch
 
 from rillgate_server.errors import ConfigError, RankLost
 from rillgate_server.worker.collectives import Collectives
+from rillgate_server.worker.compute_device import identity
 from rillgate_server.worker.rank_link import RankLink
 from rillgate_server.worker.rank_watch import OnLost, RankWatch, end_process
 from rillgate_server.worker.rendezvous import JOIN_S, RankPlace, meet
-from rillgate_server.worker.sharding import check_devices
 
 _LEAVE_S = 2.0
 """For the other ranks to end once they were told; they have nothing to finish."""
@@ -64,8 +64,7 @@ class RankGroup:
         From here on the loss of one is noticed, and ends the process unless `call_on_loss` says
         otherwise. Raises ConfigError, or RankLost for one that vanished meanwhile.
         """
-        met = meet(place, facts, join_s)
-        check_devices(device.type, torch.cuda.device_count(), met.num_local)
+        met = meet(place, facts, identity(device), join_s)
         watch = RankWatch(met.beats, end_process)
         watch.start()
         collectives = Collectives(met.store, place.rank, place.ranks, device, met.own_address)

@@ -5,10 +5,12 @@ Owns the loop and nothing else; holds no opinion. What a fault means is in worke
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 
 from rillgate_server.core.step import CopyDone
 from rillgate_server.core.step_codec import RankReport, decode_plan, encode_report
 from rillgate_server.errors import RankLost, RillgateError
+from rillgate_server.worker.compute_device import FindFreeMemory
 from rillgate_server.worker.rank_executor import FAILED_STEP_S, GO_ON, own_part
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_link import RankLink
@@ -20,16 +22,16 @@ _log = logging.getLogger(__name__)
 def run_rank(
     worker: Worker,
     group: RankGroup,
-    find_spare_bytes: Callable[[], int],
+    find_free_memory: FindFreeMemory,
     on_ready: Callable[[], None],
 ) -> None:
     """Carry out plans until rank 0 ends; `on_ready` is called when the first one may come.
 
-    `find_spare_bytes` says what this rank may take for its cache. Raises RankLost, and what
+    `find_free_memory` says what this rank may take for its cache. Raises RankLost, and what
     reserving the cache does (which rank 0 then hears).
     """
     (link,) = group.links.values()
-    group.tell({"spare_bytes": find_spare_bytes()})
+    group.tell({"free_memory": asdict(find_free_memory())})
     (sizes,) = group.hear()
     try:
         worker.allocate_cache(sizes["device"], sizes["host"], sizes["audit"])

@@ -71,20 +71,26 @@ class Meeting:
     """Ranks on this machine, this one included."""
 
 
-def meet(place: RankPlace, facts: Facts, join_s: float = JOIN_S) -> Meeting:
+def meet(place: RankPlace, facts: Facts, device: str = "", join_s: float = JOIN_S) -> Meeting:
     """Wait for all ranks. Raises ConfigError: nobody came, the place cannot be had, or ranks
-    disagree, which names what on which rank."""
+    disagree, which names what on which rank.
+
+    `device` names the one that this rank has for itself; empty: none.
+    """
     own_address = _own_address(place)
     store = _open_store(place, join_s)
     if place.rank == 0:
-        return _Host(place, facts, own_address, store).receive_all(time.monotonic() + join_s)
-    return _join(place, facts, own_address, store)
+        host = _Host(place, facts, device, own_address, store)
+        return host.receive_all(time.monotonic() + join_s)
+    return _join(place, facts, device, own_address, store)
 
 
 class _Host:
     """Rank 0, waiting for the others. State: who has come."""
 
-    def __init__(self, place: RankPlace, facts: Facts, own_address: str, store: Store) -> None:
+    def __init__(
+        self, place: RankPlace, facts: Facts, device: str, own_address: str, store: Store
+    ) -> None:
         self._place = place
         self._facts = facts
         self._own_address = own_address
@@ -92,6 +98,7 @@ class _Host:
         self._links: dict[int, RankLink] = {}
         self._beats: dict[int, socket.socket] = {}
         self._machines: dict[int, str] = {0: _machine()}
+        self._devices: dict[str, int] = {device: 0}  # device -> the rank that has it
         self._key = secrets.token_hex(16)
 
     def receive_all(self, deadline_s: float) -> Meeting:
@@ -130,7 +137,7 @@ class _Host:
             hello = json.loads(link.receive(_HELLO_S, _MAX_HELLO_BYTES))
             is_known = secrets.compare_digest(str(hello["key"]), self._key)
             rank, channel = int(hello["rank"]), hello["channel"]
-            facts, machine = hello["facts"], hello["machine"]
+            facts, machine, device = hello["facts"], hello["machine"], hello["device"]
         except (RankLost, ValueError, KeyError, TypeError) as error:
             _log.warning("somebody connected who is no rank: %s", error)
             link.close()
@@ -148,6 +155,7 @@ class _Host:
             link.name = f"rank {rank}"
             self._links[rank], self._machines[rank] = link, machine
             self._check(rank, facts)
+            self._check_device(rank, device)
             link.send(json.dumps({}).encode())  # it comes a second time, for heartbeats
 
     def _check(self, rank: int, facts: dict[str, str]) -> None:
@@ -160,6 +168,16 @@ class _Host:
                     "model and settings"
                 )
 
+    def _check_device(self, rank: int, device: str) -> None:
+        """Raise ConfigError for a rank whose device another one has."""
+        if device and device in self._devices:
+            raise ConfigError(
+                f"rank {rank} and rank {self._devices[device]} (on {self._machines[rank]}) have "
+                f"the same CUDA device, {device}; allowed: at most one rank per device "
+                "(CUDA_VISIBLE_DEVICES says which a process sees)"
+            )
+        self._devices[device] = rank
+
     def _missing(self) -> ConfigError:
         missing = [str(r) for r in range(1, self._place.ranks) if r not in self._links]
         return ConfigError(
@@ -169,12 +187,13 @@ class _Host:
         )
 
 
-def _join(place: RankPlace, facts: Facts, own_address: str, store: Store) -> Meeting:
+def _join(place: RankPlace, facts: Facts, device: str, own_address: str, store: Store) -> Meeting:
     """Come to rank 0, as another rank: once for plans and, when it agrees, for heartbeats."""
     opened: list[RankLink] = []
     try:
         control = json.loads(store.get(_CONTROL))
-        hello = {"key": control["key"], "rank": place.rank, "machine": _machine()}
+        hello = {"key": control["key"], "rank": place.rank, "device": device}
+        hello |= {"machine": _machine()}
         for channel in (_PLANS, _BEATS):
             connection = socket.create_connection((control["address"], control["port"]), _HELLO_S)
             opened.append(RankLink(connection, "rank 0"))

@@ -85,15 +85,6 @@ def check_split(config: PreTrainedConfig, ranks: int) -> None:
     )
 
 
-def check_devices(device_type: str, num_devices: int, local_ranks: int) -> None:
-    """Raise ConfigError when ranks would have to share a GPU."""
-    if device_type == "cuda" and local_ranks > num_devices:
-        raise ConfigError(
-            f"replica.tensor_parallel_size puts {local_ranks} ranks on this machine, which has "
-            f"{num_devices} CUDA devices; allowed: at most one rank per device"
-        )
-
-
 def heads_of_rank(num_heads: int, rank: int, ranks: int) -> tuple[int, int]:
     """Return (first, last + 1) of a rank's heads; fewer heads than ranks are on several ranks."""
     if num_heads < ranks:

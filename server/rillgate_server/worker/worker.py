@@ -17,10 +17,10 @@ from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
 from rillgate_server.worker.allocator import keep_freed_memory
 from rillgate_server.worker.attention.sdpa import SdpaAttention
-from rillgate_server.worker.host_memory import available_bytes
+from rillgate_server.worker.compute_device import CPU, free_bytes
 from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import KVTransfer
-from rillgate_server.worker.model_loader import load_config, load_network
+from rillgate_server.worker.model_loader import Memory, load_config, load_network
 from rillgate_server.worker.model_runner import ModelRunner
 from rillgate_server.worker.network.transformers_network import (
     TransformersNetwork,
@@ -32,10 +32,8 @@ from rillgate_server.worker.sharding import Sharding, check_split, connect_layer
 
 _log = logging.getLogger(__name__)
 
-DEVICE = torch.device("cpu")
-"""Where networks compute."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-"""What a CPU computes well."""
+"""What CPUs and GPUs compute well."""
 _INSTEAD = {"float16": "bfloat16", "float64": "float32"}
 """What `auto` takes for a checkpoint in a type that CPUs compute slowly: the same memory."""
 
@@ -52,6 +50,8 @@ class WorkerOptions:
     """Tokens per cache block."""
     kv_dtype: str = "auto"
     """Of cached keys and values: `auto` (that of the computation) or `int8`."""
+    device: torch.device = CPU
+    """Where the network computes and its cache is."""
 
 
 class Worker:
@@ -60,8 +60,11 @@ class Worker:
     State: the network, and from `allocate_cache` on the runner with its cache and slots.
     """
 
-    def __init__(self, network: TransformersNetwork, spec: ModelSpec, layout: KVLayout) -> None:
+    def __init__(
+        self, network: TransformersNetwork, spec: ModelSpec, layout: KVLayout, device: torch.device
+    ) -> None:
         """Use `load`."""
+        self.device = device
         self.spec = spec
         self.layout = layout
         self.network = network
@@ -90,14 +93,16 @@ class Worker:
         dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
+        memory = Memory(options.device, free_bytes(options.device))
         if group is None:
-            model = load_network(model_dir, _DTYPES[dtype], on_progress)
+            model = load_network(model_dir, _DTYPES[dtype], on_progress, memory=memory)
             pack_linear_layers(model)
             network, ranks = TransformersNetwork(model), 1
         else:
             sharding = Sharding(load_config(model_dir), group.place.rank, group.place.ranks)
-            free_bytes = available_bytes() // group.num_local
-            model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, free_bytes)
+            if memory.device == CPU:  # which all ranks of the machine share
+                memory = replace(memory, free_bytes=memory.free_bytes // group.num_local)
+            model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, memory)
             pack_linear_layers(model)
             connect_layers(model, sharding, group.collectives)
             network, ranks = TransformersNetwork(model, group.collectives), group.place.ranks
@@ -105,7 +110,7 @@ class Worker:
         shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
         layout = KVLayout.build(options.block_size_tokens, kv_dtype, shapes)
-        return cls(network, replace(spec, dtype=dtype), layout)
+        return cls(network, replace(spec, dtype=dtype), layout, options.device)
 
     def allocate_cache(
         self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
@@ -115,7 +120,7 @@ class Worker:
         `audit`: checksum blocks on their way to the host tier (plans say what must come back).
         """
         self.close()  # its memory counts as free for the new one
-        tiers = reserve_tiers(self.layout, num_device_blocks, num_host_blocks, DEVICE)
+        tiers = reserve_tiers(self.layout, num_device_blocks, num_host_blocks, self.device)
         self.num_pageable_host_blocks = tiers.host.num_pageable_blocks
         self._runner = ModelRunner(
             self.network,

@@ -7,9 +7,10 @@ requests, sampling, or how attention is computed.
     row.offset:  ^0                                ^n0     ^n0+1   ^n0+2
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +39,16 @@ class PackedStep:
     slot_mapping: tuple[Tensor, Tensor]
     """Where each token's key and value go: (block [num_tokens], offset in it [num_tokens])."""
     rows: tuple[PackedRow, ...]
+
+    def on(self, device: torch.device) -> "PackedStep":
+        """Return it with its tensors on `device`; block tables stay, for planning."""
+        blocks, offsets = self.slot_mapping
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            slot_mapping=(blocks.to(device), offsets.to(device)),
+        )
 
 
 class AttentionStep(Protocol):

@@ -35,10 +35,10 @@ heads of 64 in 2 groups, in ms of one core, torch's own attention and this: 11.2
 class DistanceMasks:
     """Masks of one window, as corners of one that grows. State: `_mask`."""
 
-    def __init__(self, window: int | None, dtype: torch.dtype) -> None:
+    def __init__(self, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
         """Hide the future, and what is `window` or more tokens back; 0 or -inf in `dtype`."""
         self._window = window
-        self._mask = torch.empty(_TILE_TOKENS, 0, dtype=dtype)
+        self._mask = torch.empty(_TILE_TOKENS, 0, dtype=dtype, device=device)
 
     def corner(self, num_queries: int, num_keys: int) -> Tensor:
         """Return the mask for queries at the end of keys. [num_queries, num_keys], a view."""
@@ -52,7 +52,7 @@ class DistanceMasks:
         if self._window is not None:
             hidden |= torch.arange(num_keys) <= query - self._window
         zeros = torch.zeros(hidden.shape, dtype=self._mask.dtype)
-        self._mask = zeros.masked_fill_(hidden, -torch.inf)
+        self._mask = zeros.masked_fill_(hidden, -torch.inf).to(self._mask.device)
 
 
 def attend_chunk(
@@ -72,7 +72,7 @@ def attend_chunk(
     num_heads, num_tokens, _ = query.shape
     num_kv_heads, context, _ = keys.shape
     output = query.new_empty(num_tokens, num_heads, values.shape[-1])
-    is_mixed = query.dtype == torch.bfloat16 and context <= _MAX_MIXED_CONTEXT
+    is_mixed = query.dtype == torch.bfloat16 and context <= _MAX_MIXED_CONTEXT and query.is_cpu
     if is_mixed:
         keys = keys.float()
     else:

@@ -1,4 +1,4 @@
-"""Attention over gathered blocks with torch's own kernels; for CPUs.
+"""Attention over gathered blocks with torch's own kernels; made for CPUs, the same on GPUs.
 
 Owns how a step's rows are grouped and gathered, and attention of decode rows (attention.chunk has
 that of chunks). Does not know the model around it.
@@ -73,7 +73,8 @@ class SdpaAttention:
         """Attend over `storage` for a model of `dtype`."""
         self._storage = storage
         windows = {layer.window_tokens for layer in storage.layout.layers}
-        self._masks = {window: DistanceMasks(window, dtype) for window in windows}
+        self._device = storage.bytes.device
+        self._masks = {window: DistanceMasks(window, dtype, self._device) for window in windows}
 
     def prepare(self, step: PackedStep) -> AttentionStep:
         """Plan the gathers and masks of each distinct window."""
@@ -118,8 +119,10 @@ class SdpaAttention:
         begin = torch.tensor(firsts)[:, None] * block_size
         seen = begin + torch.arange(num_blocks * block_size)
         mask = _mask(own, seen, window)[:, None, None]
-        offsets = None if in_order else torch.tensor([row.offset for row in rows])
-        return _DecodeGroup(offsets, blocks.flatten(), mask)
+        offsets = None
+        if not in_order:
+            offsets = torch.tensor([row.offset for row in rows]).to(self._device)
+        return _DecodeGroup(offsets, blocks.flatten().to(self._device), mask.to(self._device))
 
     def _plan_chunk(self, row: PackedRow, window: int | None) -> _Chunk:
         # In INT8 new keys and values are not quite what the cache keeps of them: read that, or
@@ -128,7 +131,7 @@ class SdpaAttention:
             return _Chunk(row, 0, None)
         block_size = self._storage.layout.block_size_tokens
         first, last = _block_span(row, block_size, window)
-        return _Chunk(row, first * block_size, row.block_table[first:last])
+        return _Chunk(row, first * block_size, row.block_table[first:last].to(self._device))
 
 
 class _SdpaStep:
