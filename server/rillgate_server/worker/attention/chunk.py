@@ -102,6 +102,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: 
     query: [num_kv_heads, group, num_queries, key_dim]. Returns the same with value_dim.
     """
     shape = (-1, query.shape[1], -1, -1)
+    if not mask.is_cpu:
+        mask = mask.clone(memory_format=torch.contiguous_format)  # its kernels want it aligned
     return F.scaled_dot_product_attention(
         query,
         keys[:, None].expand(shape),
