@@ -3,7 +3,8 @@
 Two real replicas of the bundled model with steps of 20 ms under 16 streams. One replica is killed,
 its streams go on at the other one, and once the supervisor has brought the first one back, again.
 The gateway says how many streams it moved: they are the ones that pause longest (the others lose a
-step or two; where one of them does pause longer, the result is too high, never too low).
+step or two; where one of them does pause longer, the result is too high). A token that the victim
+had sent and that takes more than a step to arrive would make its stream's pause too short.
 
 A pause includes the prefill that continuations need, prompts and generated tokens, which the peer
 has not cached. How long that takes alone is a row of its own: as many new prompts as long.

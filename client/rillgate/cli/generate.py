@@ -104,7 +104,8 @@ def _stream(client: Client, prompt: Prompt, options: GenerateOptions, show: bool
         generation = stream.collect()
     if sys.stderr.isatty():
         total_s = time.monotonic() - began_s
-        line = numbers_line(num_tokens, first_s, total_s, generation.finish_reason)
+        why, num_resumes = generation.finish_reason, generation.num_resumes
+        line = numbers_line(num_tokens, first_s, total_s, why, num_resumes)
         print(dim(line, sys.stderr), file=sys.stderr)
     elif not generation.text:
         # Into a pipe goes the answer alone: without one, say why there is nothing.

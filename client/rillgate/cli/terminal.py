@@ -82,10 +82,14 @@ class AnswerWriter:
             self._at_line_start = text.endswith("\n")
 
 
-def numbers_line(num_tokens: int, first_s: float, total_s: float, why: FinishReason) -> str:
+def numbers_line(
+    num_tokens: int, first_s: float, total_s: float, why: FinishReason, num_resumes: int = 0
+) -> str:
     """Say what an answer took, as the caller saw it."""
     rate = f", {(num_tokens - 1) / (total_s - first_s):.1f} tokens/s" if total_s > first_s else ""
-    return f"[{num_tokens} tokens, first after {first_s * 1000:.0f} ms{rate}, {why.value}]"
+    resumes = f", resumed {num_resumes} times" if num_resumes else ""
+    first_ms = first_s * 1000
+    return f"[{num_tokens} tokens, first after {first_ms:.0f} ms{rate}, {why.value}{resumes}]"
 
 
 def no_answer_reason(generation: Generation) -> str:

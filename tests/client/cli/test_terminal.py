@@ -53,10 +53,12 @@ def test_control_characters_are_taken_out_and_the_rest_kept() -> None:
     assert printable("a\x1b[2J\r\x00b\n\tü漢\x9b") == "a[2Jb\n\tü漢"
 
 
-def test_the_numbers_line_has_no_rate_without_time() -> None:
-    """One token has no time between tokens."""
+def test_the_numbers_line_says_what_there_is_to_say() -> None:
+    """One token has no time between tokens, and most streams are never resumed."""
     assert (
         numbers_line(1, 0.5, 0.5, FinishReason.LENGTH) == "[1 tokens, first after 500 ms, length]"
     )
     line = numbers_line(11, 0.5, 1.5, FinishReason.STOP)
     assert line == "[11 tokens, first after 500 ms, 10.0 tokens/s, stop]"
+    line = numbers_line(1, 0.5, 0.5, FinishReason.STOP, num_resumes=2)
+    assert line == "[1 tokens, first after 500 ms, stop, resumed 2 times]"
