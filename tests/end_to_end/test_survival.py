@@ -25,6 +25,7 @@ import pytest_asyncio
 
 from rillgate import AsyncClient
 from rillgate.status_types import ReplicaState, ReplicaStatus, ServerStatus
+from rillgate_server.replica.restarts import RestartPolicy
 from tests.client.cutting_proxy import CuttingProxy
 from tests.end_to_end.faulty_gateway import FAULTS
 from tests.support.crowd import Crowd, Heard, undisturbed
@@ -36,6 +37,8 @@ RESULTS = os.environ.get("RILLGATE_SURVIVAL_RESULTS", "")
 MIN_HIT = 4
 """Streams that a break must hit to count."""
 NUM_REPLICAS = 3
+POLICY = RestartPolicy()
+SERVES_AGAIN = re.compile("gateway serves again")
 _POLL_S = 0.03
 
 pytestmark = [
@@ -149,13 +152,19 @@ async def _drain(served: Served, crowd: Crowd, rng: random.Random) -> int:
 
 
 async def _restart_gateway(served: Served, crowd: Crowd, rng: random.Random) -> int:
-    """Kill the gateway; return how many streams with a token that hit."""
-    await asyncio.sleep(rng.uniform(0.5, 2.0))
+    """Kill the gateway; return how many streams with a token that hit.
+
+    The server gives up when it dies five times in a row within its first 30 s, so one life of
+    four is longer.
+    """
+    num_lives = sum(map(bool, map(SERVES_AGAIN.search, served.server.lines)))
+    is_long = num_lives and num_lives % (POLICY.max_quick_crashes - 1) == 0
+    await asyncio.sleep(POLICY.quick_s if is_long else rng.uniform(0.5, 2.0))
     await crowd.wait_until(lambda: crowd.num_with_token >= NUM_REPLICAS * MIN_HIT)
     num_lines = len(served.server.lines)
     num_hit = crowd.num_with_token
     served.kill(GATEWAY, signal.SIGKILL)
-    await served.server.wait_line(re.compile("gateway serves again"), num_lines)
+    await served.server.wait_line(SERVES_AGAIN, num_lines)
     return num_hit
 
 
