@@ -25,7 +25,7 @@ test: setup ## run the tests
 	@$(BIN)/python -m pytest
 
 test-long: setup ## break replicas, gateway and network twenty times each; writes benchmarks/results/
-	@RILLGATE_SURVIVAL_BREAKS=20 RILLGATE_SURVIVAL_RESULTS=benchmarks/results/survival.json $(BIN)/python -m pytest tests/end_to_end/test_survival.py
+	@RILLGATE_SURVIVAL_BREAKS=20 RILLGATE_SURVIVAL_RESULTS=survival $(BIN)/python -m pytest tests/end_to_end/test_survival.py
 
 lint: setup ## check style, types, floors, sizes, protos and generated code
 	@$(BIN)/python -m tools.lint

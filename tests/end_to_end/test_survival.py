@@ -7,7 +7,6 @@ not over. `make test-long` breaks things twenty times instead of four, and write
 """
 
 import asyncio
-import json
 import os
 import random
 import re
@@ -19,10 +18,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from benchmarks.results_file import write_results
 from rillgate import AsyncClient
 from rillgate.status_types import ReplicaState, ReplicaStatus, ServerStatus
 from rillgate_server.replica.restarts import RestartPolicy
@@ -33,7 +34,9 @@ from tests.support.served import GATEWAY, READY, START_S, Server, serve
 
 NUM_BREAKS = int(os.environ.get("RILLGATE_SURVIVAL_BREAKS", "4"))
 RESULTS = os.environ.get("RILLGATE_SURVIVAL_RESULTS", "")
-"""Where to write what happened; empty: nowhere."""
+"""Name of the file under benchmarks/results to write what happened to; empty: none."""
+ROWS: list[dict[str, Any]] = []  # Any: JSON
+"""Of that file, a scenario each."""
 MIN_HIT = 4
 """Streams that a break must hit to count."""
 NUM_REPLICAS = 3
@@ -223,22 +226,24 @@ def _write(what: str, hits: Sequence[int], crowd: Crowd) -> None:
     """Add a scenario to the results, if anybody wants them."""
     if not RESULTS:
         return
-    path = Path(RESULTS)
-    results = json.loads(path.read_text()) if path.exists() else {}
     pauses = [max(heard.pauses_s, default=0.0) for heard, _ in crowd.done]
-    results[what] = {
-        "breaks": NUM_BREAKS,
-        "streams_hit": list(hits),
-        "streams": len(crowd.done),
-        "tokens": sum(len(it.token_ids) for h, _ in crowd.done for it in h.choices.values()),
-        "resumes": _num_resumes(crowd),
-        "wrong_streams": 0,
-        "longest_pause_s": {
-            "median": round(statistics.median(pauses), 3),
-            "max": round(max(pauses), 3),
-        },
-    }
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    ROWS.append(
+        {
+            "what": what,
+            "unit": "streams with a token that a break hit (proxy: connections cut)",
+            "samples": list(hits),
+            "breaks": NUM_BREAKS,
+            "streams": len(crowd.done),
+            "tokens": sum(len(it.token_ids) for h, _ in crowd.done for it in h.choices.values()),
+            "resumes": _num_resumes(crowd),
+            "wrong_streams": 0,
+            "longest_pause_s": {
+                "median": round(statistics.median(pauses), 3),
+                "max": round(max(pauses), 3),
+            },
+        }
+    )
+    write_results(RESULTS, "make test-long", ROWS, {})
 
 
 # -- the test of the test -------------------------------------------------------------------------
