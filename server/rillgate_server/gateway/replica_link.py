@@ -289,6 +289,8 @@ class ReplicaLink:
         )
         try:
             await run.wait_for_connection()
+            assert self.welcome is not None
+            self._check(self.welcome)  # another address may have led there meanwhile
             self._commands = commands
             self._stub = stub
             self._ready.set()
