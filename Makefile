@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 SETUP_DONE := .venv/.setup-done
+KERNELS := server/rillgate_server/worker/kernels
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -11,9 +12,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(SETUP_DONE) ## make .venv with everything pinned (TORCH_INDEX=URL takes torch from another index)
+setup: $(SETUP_DONE) $(KERNELS)/kernels.so ## make .venv with everything pinned, and the C++ kernels (TORCH_INDEX=URL takes torch from another index)
 $(SETUP_DONE): pyproject.toml constraints.txt package.json package-lock.json tools/setup.sh
 	@tools/setup.sh "$(PYTHON)" "$(TORCH_INDEX)" && touch $@
+$(KERNELS)/kernels.so: $(SETUP_DONE) $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h $(KERNELS)/build.py)
+	@$(BIN)/python -m rillgate_server.worker.kernels.build
 
 demo: setup ## serve the bundled model, stream an answer, show the numbers, stop
 	@$(BIN)/python tools/demo.py

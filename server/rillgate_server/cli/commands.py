@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TypeAlias
 
 from rillgate_server.cli.model_source import resolve_model
-from rillgate_server.config.groups import ROUTING_POLICIES
+from rillgate_server.config.groups import QUANTIZATIONS, ROUTING_POLICIES
 from rillgate_server.config.settings import Settings, load_settings
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.errors import ConfigError, RillgateError
@@ -225,6 +225,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "bfloat16", "float32"),
         help="of weights and computation (auto: the checkpoint's own)",
     )
+    parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="of the layers' weights (none)"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -261,6 +264,7 @@ _FLAGS = {
     "model": ("model", "path"),
     "model_name": ("model", "name"),
     "dtype": ("model", "dtype"),
+    "quantization": ("model", "quantization"),
 }
 
 

@@ -15,6 +15,7 @@ MAX_SOCKET_PATH_BYTES = 100
 """Of a Unix socket's path."""
 MAX_REPLICA_NAME_BYTES = 128
 """Of a replica's name."""
+QUANTIZATIONS = ("none", "int8")
 ROUTING_POLICIES = ("prefix", "least-load", "round-robin", "weighted-least-connections")
 _MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 16, 1024
 
@@ -111,6 +112,9 @@ class ModelConfig:
     """What callers ask for, at most 256 bytes; empty: the directory's name."""
     dtype: str = "auto"
     """Of weights and computation: auto (the checkpoint's own), bfloat16 or float32."""
+    quantization: str = "none"
+    """Of the layers' weights: none, or int8 (half of bfloat16's memory; the output head and the
+    embedding stay as they are). All replicas and gateways of a model must have the same."""
     max_context_tokens: int = 0
     """Prompt and answer together, 0 to 16,777,216; 0: the checkpoint's own, which is also the most.
     Higher: longer conversations, and a larger cache at least: each tier must hold one of them."""
@@ -118,6 +122,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
         _check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        _check_choice("model.quantization", self.quantization, QUANTIZATIONS)
         _check("model.max_context_tokens", self.max_context_tokens, 0, 1 << 24)
         if len(self.name.encode()) > MAX_MODEL_NAME_BYTES or "@" in self.name:
             raise ConfigError(

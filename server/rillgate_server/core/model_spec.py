@@ -21,6 +21,7 @@ INT8 = "int8"
 
 _SCALE_DTYPE = "bfloat16"  # why: worker.layer_cache
 
+NO_QUANTIZATION = "none"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, INT8: 1}
 """Element sizes of the types that a cache may hold."""
 
@@ -146,7 +147,7 @@ class ModelSpec:
     name: str
     """What callers ask for."""
     version_digest: str
-    """Hex digest of the checkpoint; names the version."""
+    """Hex digest of the checkpoint, and how its weights are quantised; names the version."""
     tokenizer_digest: str
     """Hex digest of tokenizer.json; empty when the checkpoint has none."""
     architecture: str
@@ -159,6 +160,12 @@ class ModelSpec:
     """The model's own ends of sequence."""
     dtype: str
     """Of the weights and of the computation."""
+
+    def with_quantization(self, name: str) -> "ModelSpec":
+        """Return it as another version where the weights are quantised: it gives other tokens."""
+        if name == NO_QUANTIZATION:
+            return self
+        return replace(self, version_digest=f"{self.version_digest}-{name}")
 
     def with_context_of(self, max_context_tokens: int) -> "ModelSpec":
         """Return it with a shorter context, 0: with its own; raises ConfigError for a longer."""

@@ -131,9 +131,11 @@ class _Refusal:
             ("tokenizer", welcome.tokenizer_digest, self._spec.tokenizer_digest),
         ):
             if its != ours:
+                # The end says how the model is quantised.
+                its, ours = (f"{it[:16]}…{it[64:]}" for it in (its, ours))
                 return (
-                    f"its model's {what} is {its[:16]}…, this gateway's is {ours[:16]}…; start it "
-                    f"with the same checkpoint, or list it at a gateway of its own"
+                    f"its model's {what} is {its}, this gateway's is {ours}; start it with the "
+                    "same checkpoint and model.quantization, or list it at a gateway of its own"
                 )
         if welcome.max_context_tokens < self._spec.max_context_tokens:
             return (
@@ -146,9 +148,9 @@ class _Refusal:
 def run_gateway(settings: Settings, model_dir: Path) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code. Says READY once it can answer."""
     configure_logging(settings.log.level)
-    spec = read_model_spec(
-        model_dir, settings.model.name or None, needs_tokenizer=True
-    ).with_context_of(settings.model.max_context_tokens)
+    spec = read_model_spec(model_dir, settings.model.name or None, needs_tokenizer=True)
+    spec = spec.with_quantization(settings.model.quantization)
+    spec = spec.with_context_of(settings.model.max_context_tokens)
     text = ModelText.load(model_dir)
     shared = SharedPrefixes.load(settings.gateway.shared_prefixes, text, unix_time_ms())
     model = ServedModel(spec, text, shared)

@@ -158,6 +158,7 @@ def _facts(settings: Settings, model_dir: Path, ranks: int) -> dict[str, str]:
         "step format": str(STEP_FORMAT),
         "model digest": spec.version_digest,
         "model.dtype": resolve_dtype(settings.model.dtype, spec.dtype),
+        "model.quantization": settings.model.quantization,
         "cache.kv_dtype": settings.cache.kv_dtype,
         "cache.block_size_tokens": str(settings.cache.block_size_tokens),
     }
@@ -194,6 +195,7 @@ def _load_worker(
         block_size_tokens=settings.cache.block_size_tokens,
         kv_dtype=settings.cache.kv_dtype,
         device=device,
+        quantization=settings.model.quantization,
     )
     with loading_progress(sys.stdout, sys.stderr) as on_progress:
         worker = Worker.load(model_dir, options, on_progress, group)

@@ -9,6 +9,7 @@ one, each rank reads only its own slices, and has memory for nothing else.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +46,19 @@ intermediate]."""
 _WHOLE = (slice(None),)
 
 
+QuantizeLinear = Callable[[Tensor], nn.Module]
+"""From a weight [out_features, in_features], which is not kept, to a layer without its bias."""
+
+
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Where weights go."""
+class WeightStore:
+    """Where weights go, and how they are held there."""
 
     device: torch.device
     free_bytes: int
     """That they may take."""
+    quantize: QuantizeLinear | None = None
+    """Makes the linear layers of all but the output head; None: they stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,54 +102,106 @@ class _Target:
         return self.own.numel() - missing * (self.own.numel() // max(1, self.split.length))
 
 
+class _Assembly:
+    """A network that is being filled.
+
+    State: `targets`, what each tensor of it is filled into, and the layers quantised so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        sharding: Sharding | None,
+        store: WeightStore,
+    ) -> None:
+        """Begin with a network on the meta device."""
+        self.targets: dict[str, _Target] = {}
+        self._model = model
+        self._dtype = dtype
+        self._sharding = sharding
+        self._store = store
+        self._quantised = _quantised_weights(model) if store.quantize is not None else set()
+        self._layers: dict[str, nn.Module] = {}  # name -> quantised
+
+    def reserve(self, what: str) -> None:
+        """Make the targets; raises OutOfMemory about `what` before any is made."""
+        shapes = {name: tuple(t.shape) for name, t in _loaded_tensors(self._model).items()}
+        if self._model.config.tie_word_embeddings:
+            shapes.pop("lm_head.weight", None)
+        types = {name: _target_dtype(self._model, name, self._dtype) for name in shapes}
+        splits = {
+            name: self._sharding.split_of(name, shape) if self._sharding else None
+            for name, shape in shapes.items()
+        }
+        own = {n: s.local_shape(shapes[n]) if s else shapes[n] for n, s in splits.items()}
+        needed_bytes = sum(
+            math.prod(shape) * (1 if name in self._quantised else types[name].itemsize)
+            for name, shape in own.items()
+        )
+        if needed_bytes > self._store.free_bytes:
+            raise OutOfMemory(f"loading {what}", needed_bytes, self._store.free_bytes)
+
+        device = self._store.device
+        largest = max((math.prod(own[name]) for name in self._quantised), default=0)
+        shared = torch.empty(largest, dtype=self._dtype, device=device)
+        for name, shape in own.items():
+            if name in self._quantised:
+                tensor = shared[: math.prod(shape)].view(shape)
+            else:
+                tensor = torch.empty(shape, dtype=types[name], device=device)
+            self.targets[name] = _Target(shapes[name], tensor, splits[name])
+
+    def take_filled(self, name: str) -> None:
+        """Take a target that has all that files have for it."""
+        target = self.targets[name]
+        if target.num_elements < target.own.numel():
+            assert target.split is not None
+            target.own[target.split.last - target.split.first :].zero_()
+        if name in self._quantised:
+            assert self._store.quantize is not None
+            self._layers[name.removesuffix(".weight")] = self._store.quantize(target.own)
+
+    def finish(self) -> None:
+        """Put everything into the network."""
+        model = self._model
+        for name, target in self.targets.items():
+            if self._sharding is not None and self._sharding.is_added_by_another(name):
+                target.own.zero_()
+            if name not in self._quantised:
+                _set_tensor(model, name, target.own)
+        for name, layer in self._layers.items():
+            bias = self.targets.get(f"{name}.bias")
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.own.float(), requires_grad=False)
+            model.set_submodule(name, layer)
+        if model.config.tie_word_embeddings:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        with self._store.device:
+            _rebuild_rotary(model)
+
+
 def load_network(
     model_dir: Path,
     dtype: torch.dtype,
     on_progress: Progress | None = None,
     sharding: Sharding | None = None,
-    memory: Memory | None = None,
+    store: WeightStore | None = None,
 ) -> PreTrainedModel:
     """Build and fill the network, or one rank's part of it, in `dtype`.
 
-    `memory` is where it goes and how much of it there is; None: the machine's. Raises
+    `store` None: as it is, in the machine's memory. A layer is quantised as soon as its weight has
+    been read, into memory that all of them share: the peak is one tensor more. Raises
     CheckpointError (files, architecture, tensors that are missing, unexpected or of another shape,
     by name) or OutOfMemory, before any weight is read where that is possible.
     """
     entries = read_tensor_entries(model_dir)
     model = _empty_network(model_dir, dtype)
-    is_tied = bool(model.config.tie_word_embeddings)
-    shapes = {name: tuple(t.shape) for name, t in _loaded_tensors(model).items()}
-    if is_tied:
-        shapes.pop("lm_head.weight", None)
-    splits = {n: sharding.split_of(n, shape) if sharding else None for n, shape in shapes.items()}
-    types = {name: _target_dtype(model, name, dtype) for name in shapes}
-    own_shapes = {n: s.local_shape(shapes[n]) if s else shapes[n] for n, s in splits.items()}
-    needed_bytes = sum(math.prod(s) * types[name].itemsize for name, s in own_shapes.items())
-    memory = memory or Memory(CPU, available_bytes())
-    if needed_bytes > memory.free_bytes:
-        raise OutOfMemory(f"loading {model_dir}", needed_bytes, memory.free_bytes)
-
-    targets = {
-        name: _Target(
-            shapes[name],
-            torch.empty(shape, dtype=types[name], device=memory.device),
-            splits[name],
-        )
-        for name, shape in own_shapes.items()
-    }
-    places = _place_all(model, entries, targets, is_tied=is_tied)
-    _fill(places, entries, on_progress)
-    for name, target in targets.items():
-        if target.num_elements < target.own.numel():
-            assert target.split is not None
-            target.own[target.split.last - target.split.first :].zero_()
-        if sharding is not None and sharding.is_added_by_another(name):
-            target.own.zero_()
-        _set_tensor(model, name, target.own)
-    if is_tied:
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    with memory.device:
-        _rebuild_rotary(model)
+    assembly = _Assembly(model, dtype, sharding, store or WeightStore(CPU, available_bytes()))
+    assembly.reserve(str(model_dir))
+    places = _place_all(model, entries, assembly.targets)
+    _fill(places, entries, on_progress, assembly.take_filled)
+    assembly.finish()
     return model.eval()
 
 
@@ -192,6 +251,16 @@ def _loaded_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return found
 
 
+def _quantised_weights(model: PreTrainedModel) -> set[str]:
+    """Name the weights of the decoder's linear layers; a mixture's stacked experts are none."""
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head
+    }
+
+
 def _target_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """Keep in float32 what the architecture wants so (DeepSeek-V3's routing bias)."""
     keep = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
@@ -202,8 +271,6 @@ def _place_all(
     model: PreTrainedModel,
     entries: dict[str, TensorEntry],
     targets: dict[str, _Target],
-    *,
-    is_tied: bool,
 ) -> dict[str, _Place]:
     """Map file tensor -> place; raise CheckpointError unless everything fits exactly."""
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()] + [_IGNORED]
@@ -213,7 +280,7 @@ def _place_all(
     for name, entry in entries.items():
         place = _place(name, targets)
         if place is None:
-            is_tied_head = is_tied and name == "lm_head.weight"
+            is_tied_head = model.config.tie_word_embeddings and name == "lm_head.weight"
             if not is_tied_head and not any(pattern.search(name) for pattern in ignored):
                 unexpected.append(name)
         elif place.shape != entry.shape:
@@ -291,9 +358,14 @@ def _run(split: TensorSplit, dim: int, offset: int = 0) -> tuple[slice, ...]:
 
 
 def _fill(
-    places: dict[str, _Place], entries: dict[str, TensorEntry], on_progress: Progress | None
+    places: dict[str, _Place],
+    entries: dict[str, TensorEntry],
+    on_progress: Progress | None,
+    take_filled: Callable[[str], None],
 ) -> None:
-    """Copy every file tensor to its place, file by file."""
+    """Copy every file tensor to its place, file by file; `take_filled` hears of each target when
+    the last of what fills it is there."""
+    num_missing = Counter(place.target for place in places.values())
     total_bytes = sum(place.num_bytes for place in places.values())
     done_bytes = 0
     if on_progress is not None:
@@ -311,6 +383,9 @@ def _fill(
                     for part, index in places[name].pieces:
                         part.copy_(stored[index])
                     done_bytes += places[name].num_bytes
+                    num_missing[places[name].target] -= 1
+                    if not num_missing[places[name].target]:
+                        take_filled(places[name].target)
                     if on_progress is not None:
                         on_progress(done_bytes, total_bytes)
         except (SafetensorError, OSError, TypeError) as error:

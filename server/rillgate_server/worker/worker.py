@@ -11,22 +11,24 @@ from pathlib import Path
 import torch
 
 from rillgate_server.core.checkpoint import read_model_spec
-from rillgate_server.core.model_spec import KVLayout, ModelSpec
+from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
 from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
 from rillgate_server.worker.allocator import keep_freed_memory
 from rillgate_server.worker.attention.sdpa import SdpaAttention
 from rillgate_server.worker.compute_device import CPU, free_bytes
+from rillgate_server.worker.kernels.library import load_kernels
 from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import KVTransfer
-from rillgate_server.worker.model_loader import Memory, load_config, load_network
+from rillgate_server.worker.model_loader import WeightStore, load_config, load_network
 from rillgate_server.worker.model_runner import ModelRunner
 from rillgate_server.worker.network.transformers_network import (
     TransformersNetwork,
     layer_cache_shapes,
 )
 from rillgate_server.worker.packed_linear import pack_linear_layers
+from rillgate_server.worker.quantization.int8 import Int8Linear
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.sharding import Sharding, check_split, connect_layers
 
@@ -52,6 +54,8 @@ class WorkerOptions:
     """Of cached keys and values: `auto` (that of the computation) or `int8`."""
     device: torch.device = CPU
     """Where the network computes and its cache is."""
+    quantization: str = NO_QUANTIZATION
+    """Of the decoder's linear layers: `none` or `int8` (worker.quantization)."""
 
 
 class Worker:
@@ -89,20 +93,20 @@ class Worker:
         Raises CheckpointError, OutOfMemory, or ConfigError for an unknown dtype or a split that
         does not divide.
         """
-        spec = read_model_spec(model_dir)
+        spec = read_model_spec(model_dir).with_quantization(options.quantization)
         dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        memory = Memory(options.device, free_bytes(options.device))
+        store = _weight_store(options)
         if group is None:
-            model = load_network(model_dir, _DTYPES[dtype], on_progress, memory=memory)
+            model = load_network(model_dir, _DTYPES[dtype], on_progress, store=store)
             pack_linear_layers(model)
             network, ranks = TransformersNetwork(model), 1
         else:
             sharding = Sharding(load_config(model_dir), group.place.rank, group.place.ranks)
-            if memory.device == CPU:  # which all ranks of the machine share
-                memory = replace(memory, free_bytes=memory.free_bytes // group.num_local)
-            model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, memory)
+            if store.device == CPU:  # which all ranks of the machine share
+                store = replace(store, free_bytes=store.free_bytes // group.num_local)
+            model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, store)
             pack_linear_layers(model)
             connect_layers(model, sharding, group.collectives)
             network, ranks = TransformersNetwork(model, group.collectives), group.place.ranks
@@ -146,6 +150,20 @@ class Worker:
         if self._runner is None:
             raise EngineFailure("execute was called before allocate_cache")
         return self._runner.execute(plan)
+
+
+def _weight_store(options: WorkerOptions) -> WeightStore:
+    """Say where weights go; raises ConfigError for what the device cannot compute."""
+    store = WeightStore(options.device, free_bytes(options.device))
+    if options.quantization == NO_QUANTIZATION:
+        return store
+    if options.device != CPU:
+        raise ConfigError(
+            f"model.quantization is {options.quantization} on {options.device}; allowed: none (on "
+            "CPUs int8, too)"
+        )
+    kernels = load_kernels()
+    return replace(store, quantize=lambda weight: Int8Linear(weight, kernels))
 
 
 def check_ranks(model_dir: Path, ranks: int) -> None:

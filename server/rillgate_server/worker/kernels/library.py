@@ -1,0 +1,116 @@
+"""The C++ kernels, by name and over tensors.
+
+Owns finding them and the checks that their pointers need. Does not know layers. What each computes
+is written down beside it in torch, in worker/quantization and in the tests.
+"""
+
+import ctypes
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rillgate_server.worker.kernels.build import LIBRARY, source_digest
+
+_log = logging.getLogger(__name__)
+
+_INT, _POINTER, _THREADS = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+_INT8_LINEAR = (_POINTER, _INT, _INT, *(_POINTER,) * 3, _INT, _POINTER, _THREADS)
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "rg_pack_int8": (_POINTER, _INT, _INT, _POINTER),
+    "rg_pack_bf16": (_POINTER, _INT, _INT, _POINTER),
+    "rg_linear_int8_f32": _INT8_LINEAR,
+    "rg_linear_int8_bf16": _INT8_LINEAR,
+    "rg_linear_bf16": (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER, _THREADS),
+}
+
+
+@cache
+def load_kernels() -> "Kernels | None":
+    """Return them; None where they were not built or the processor lacks what they need."""
+    if not LIBRARY.exists():
+        _log.info("no C++ kernels here (`make setup` builds them); computing with torch's own")
+        return None
+    library = ctypes.CDLL(str(LIBRARY))
+    library.rg_digest.restype = ctypes.c_char_p
+    if library.rg_digest().decode() != source_digest():
+        _log.warning("the C++ kernels are of other sources (`make setup` builds them); not used")
+        return None
+    if not library.rg_is_supported():
+        _log.info("this processor lacks AVX-512 VNNI or BF16; computing with torch's own kernels")
+        return None
+    return Kernels(library)
+
+
+class Kernels:
+    """The functions. Tensors are on the CPU; results are new. State: none."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Use `load_kernels`."""
+        self._library = library
+        library.rg_packed_elements.restype = _INT
+        library.rg_packed_elements.argtypes = (_INT, _INT, _INT)
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = None, arguments
+
+    def pack_int8(self, weight: Tensor) -> Tensor:
+        """Pack [out_features, in_features], int8. Returns [some], uint8."""
+        num_bytes = self._library.rg_packed_elements(*weight.shape, 4)
+        return self._pack("rg_pack_int8", weight, torch.empty(num_bytes, dtype=torch.uint8))
+
+    def pack_bf16(self, weight: Tensor) -> Tensor:
+        """Pack [out_features, in_features], bfloat16. Returns [some], bfloat16."""
+        num_elements = self._library.rg_packed_elements(*weight.shape, 2)
+        return self._pack("rg_pack_bf16", weight, torch.empty(num_elements, dtype=torch.bfloat16))
+
+    def linear_int8(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b, x quantised row by row; bit for bit what quantization.int8 defines.
+
+        x: [num_rows, in_features], float32 or bfloat16; scales: [out_features], float32, of the
+        weight; bias: the same or None. Returns [num_rows, out_features] in x's type.
+        """
+        x = x.contiguous()
+        y = x.new_empty(len(x), len(scales))
+        is_bf16 = x.dtype == torch.bfloat16
+        function = (
+            self._library.rg_linear_int8_bf16 if is_bf16 else self._library.rg_linear_int8_f32
+        )
+        function(
+            x.data_ptr(),
+            *x.shape,
+            packed.data_ptr(),
+            scales.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            len(scales),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def linear_bf16(
+        self, x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        """Return x W^T + b; summed in float32, each row as if it were alone.
+
+        x: [num_rows, in_features], bfloat16; bias: [out_features], float32, or None. Returns
+        [num_rows, out_features], bfloat16.
+        """
+        x = x.contiguous()
+        y = x.new_empty(len(x), out_features)
+        self._library.rg_linear_bf16(
+            x.data_ptr(),
+            *x.shape,
+            packed.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out_features,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def _pack(self, function: str, weight: Tensor, packed: Tensor) -> Tensor:
+        weight = weight.contiguous()
+        getattr(self._library, function)(weight.data_ptr(), *weight.shape, packed.data_ptr())
+        return packed
