@@ -31,6 +31,17 @@ def use_one_heap() -> bool:
     return hasattr(library, "mallopt") and library.mallopt(_M_ARENA_MAX, 1) == 1
 
 
+def return_freed_memory() -> bool:
+    """Give buffers from 1 MiB on back as soon as they are freed, while weights are loaded; False
+    without glibc.
+
+    By default glibc stops doing so at the first that is freed, and what weights were converted from
+    leaves holes between them.
+    """
+    library = ctypes.CDLL(None)
+    return hasattr(library, "mallopt") and library.mallopt(_M_MMAP_THRESHOLD, 1 << 20) == 1
+
+
 def keep_freed_memory() -> bool:
     """Give back what is free now, and from now on keep what is freed; False without glibc.
 

@@ -15,7 +15,7 @@ from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
 from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
-from rillgate_server.worker.allocator import keep_freed_memory
+from rillgate_server.worker.allocator import keep_freed_memory, return_freed_memory
 from rillgate_server.worker.attention.sdpa import SdpaAttention
 from rillgate_server.worker.compute_device import CPU, free_bytes
 from rillgate_server.worker.kernels.library import load_kernels
@@ -23,6 +23,8 @@ from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import KVTransfer
 from rillgate_server.worker.model_loader import WeightStore, load_config, load_network
 from rillgate_server.worker.model_runner import ModelRunner
+from rillgate_server.worker.network.base import Network
+from rillgate_server.worker.network.dense_decoder import DenseDecoder, can_compute
 from rillgate_server.worker.network.transformers_network import (
     TransformersNetwork,
     layer_cache_shapes,
@@ -65,7 +67,7 @@ class Worker:
     """
 
     def __init__(
-        self, network: TransformersNetwork, spec: ModelSpec, layout: KVLayout, device: torch.device
+        self, network: Network, spec: ModelSpec, layout: KVLayout, device: torch.device
     ) -> None:
         """Use `load`."""
         self.device = device
@@ -93,6 +95,7 @@ class Worker:
         Raises CheckpointError, OutOfMemory, or ConfigError for an unknown dtype or a split that
         does not divide.
         """
+        return_freed_memory()
         spec = read_model_spec(model_dir).with_quantization(options.quantization)
         dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
@@ -100,8 +103,14 @@ class Worker:
         store = _weight_store(options)
         if group is None:
             model = load_network(model_dir, _DTYPES[dtype], on_progress, store=store)
+            kernels = load_kernels() if options.device == CPU else None
+            network: Network
+            if kernels is not None and can_compute(model):
+                network = DenseDecoder(model, kernels)
+            else:
+                network = TransformersNetwork(model)
             pack_linear_layers(model)
-            network, ranks = TransformersNetwork(model), 1
+            ranks = 1
         else:
             sharding = Sharding(load_config(model_dir), group.place.rank, group.place.ranks)
             if store.device == CPU:  # which all ranks of the machine share

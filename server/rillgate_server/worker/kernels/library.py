@@ -22,8 +22,49 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rg_pack_bf16": (_POINTER, _INT, _INT, _POINTER),
     "rg_linear_int8_f32": _INT8_LINEAR,
     "rg_linear_int8_bf16": _INT8_LINEAR,
+    **dict.fromkeys(
+        ("rg_into_attention_f32", "rg_into_attention_bf16"),
+        (_POINTER, _POINTER, _POINTER, _INT, *(_POINTER,) * 5, _THREADS),
+    ),
+    **dict.fromkeys(
+        ("rg_after_attention_f32", "rg_after_attention_bf16"),
+        (*(_POINTER,) * 4, _INT, _THREADS),
+    ),
     "rg_linear_bf16": (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER, _THREADS),
 }
+
+
+class Linear(ctypes.Structure):
+    """RgLinear of kernels/decoder.cpp: addresses of packed weight, scales and bias, and sizes."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("weight", "scales", "bias")),
+        *((name, _INT) for name in ("n", "k")),
+    )
+
+
+class Layer(ctypes.Structure):
+    """RgLayer: a layer's norms and products."""
+
+    _fields_ = (
+        ("attention_norm", _POINTER),
+        ("qkv", Linear),
+        ("query_norm", _POINTER),
+        ("key_norm", _POINTER),
+        ("output", Linear),
+        ("mlp_norm", _POINTER),
+        ("gate_up", Linear),
+        ("down", Linear),
+    )
+
+
+class Shape(ctypes.Structure):
+    """RgShape: what all layers share."""
+
+    _fields_ = (
+        *((name, _INT) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate")),
+        ("epsilon", ctypes.c_float),
+    )
 
 
 @cache
@@ -109,6 +150,40 @@ class Kernels:
             torch.get_num_threads(),
         )
         return y
+
+    def into_attention(
+        self,
+        shape: object,
+        layer: object,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Fill `into`, queries, keys and values [heads, num_rows, head_dim], from x.
+
+        shape, layer: ctypes.byref of Shape and Layer; x: [num_rows, hidden_size], float32; angles:
+        cosines and sines [num_rows, head_dim], float32.
+        """
+        is_bf16 = into[0].dtype == torch.bfloat16
+        name = "rg_into_attention_bf16" if is_bf16 else "rg_into_attention_f32"
+        addresses = [tensor.data_ptr() for tensor in (*angles, *into)]
+        getattr(self._library, name)(
+            shape, layer, x.data_ptr(), len(x), *addresses, torch.get_num_threads()
+        )
+
+    def after_attention(self, shape: object, layer: object, attended: Tensor, x: Tensor) -> None:
+        """Add the rest of a layer to x, in place. attended: [num_rows, heads, head_dim]."""
+        is_bf16 = attended.dtype == torch.bfloat16
+        name = "rg_after_attention_bf16" if is_bf16 else "rg_after_attention_f32"
+        getattr(self._library, name)(
+            shape, layer, attended.data_ptr(), x.data_ptr(), len(x), torch.get_num_threads()
+        )
+
+    def unpack_int8(self, packed: Tensor, out_features: int, in_features: int) -> Tensor:
+        """Return what was packed. [out_features, in_features], int8."""
+        groups = -(-in_features // 4)
+        panels = packed.view(-1, groups, 64, 4).transpose(1, 2).reshape(-1, groups * 4)
+        return (panels[:out_features, :in_features] ^ 0x80).contiguous().view(torch.int8)
 
     def _pack(self, function: str, weight: Tensor, packed: Tensor) -> Tensor:
         weight = weight.contiguous()

@@ -72,6 +72,12 @@ class Int8Linear(nn.Module):
         linear = linear_int8 if self._kernels is None else self._kernels.linear_int8
         return linear(rows, self.weight, self.scales, self.bias).view(*x.shape[:-1], -1)
 
+    def plain_weight(self) -> Tensor:
+        """Return the weight unpacked. [out_features, in_features], int8."""
+        if self._kernels is None:
+            return self.weight
+        return self._kernels.unpack_int8(self.weight, self.out_features, self.in_features)
+
     def extra_repr(self) -> str:
         """Show the shape, as nn.Linear does."""
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"

@@ -1,0 +1,281 @@
+// The layers of a dense decoder (Llama, Mistral, Qwen2, Qwen3), each in two calls, with attention between them.
+//
+//     into_attention   norm, query/key/value product, head norms, rotary embedding
+//     after_attention  output product + residual, norm, gate and up product, SiLU, down product + residual
+//
+// The residual stream is float32; products take rows in INT8 or bf16. One team of threads goes through a call, and
+// divides rows where a row is worked on whole, and panels of output channels in products.
+
+#include "packed_gemm.h"
+
+#include <vector>
+
+namespace rillgate {
+
+extern "C" {
+
+struct RgLinear {
+  const void* weight;   // packed
+  const float* scales;  // of int8's output channels; null: bf16
+  const float* bias;    // or null
+  int64_t n, k;         // n is a multiple of 64
+};
+
+struct RgLayer {
+  const float* attention_norm;  // [hidden]
+  RgLinear qkv;                 // queries, keys, values of all heads
+  const float* query_norm;      // [head_dim], or null
+  const float* key_norm;
+  RgLinear output;
+  const float* mlp_norm;
+  RgLinear gate_up;  // 32 gates and 32 ups in each panel
+  RgLinear down;
+};
+
+struct RgShape {
+  int64_t hidden, heads, kv_heads, head_dim, intermediate;
+  float epsilon;
+};
+}
+
+namespace {
+
+// Rows as products take them. Buffers grow and stay; one engine thread calls, its team shares them.
+struct Rows {
+  std::vector<int8_t> bytes;
+  std::vector<bf16> halves;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  int64_t padded = 0;
+
+  void reserve(const RgLinear& linear, int64_t m) {
+    padded = linear.scales ? (linear.k + 3) / 4 * 4 : (linear.k + 1) / 2 * 2;
+    if (linear.scales) {
+      bytes.resize(std::max<size_t>(bytes.size(), m * padded));
+      scales.resize(std::max<size_t>(scales.size(), m));
+      sums.resize(std::max<size_t>(sums.size(), m));
+    } else {
+      halves.resize(std::max<size_t>(halves.size(), m * padded));
+    }
+  }
+
+  template <typename T>
+  void set(const RgLinear& linear, int64_t row, const T* x) {
+    if (linear.scales) {
+      sums[row] = quantize_row(x, linear.k, padded, bytes.data() + row * padded, scales.data() + row);
+      return;
+    }
+    bf16* to = halves.data() + row * padded;
+    for (int64_t i = 0; i < linear.k; i += 16) store16(to + i, load16(x + i, lanes(linear.k - i)), lanes(linear.k - i));
+    if (padded != linear.k) to[linear.k] = 0;
+  }
+};
+
+struct Scratch {
+  Rows rows;
+  std::vector<float> wide;    // what a product gave, [m, n]
+  std::vector<float> normed;  // a row per thread
+};
+
+Scratch& scratch() {
+  static thread_local Scratch found;
+  return found;
+}
+
+// Call `take(row, channel, values)` with 16 channels of a row's products, for every row and this thread's channels.
+template <typename Take>
+void product(const RgLinear& linear, const Rows& rows, int64_t m, Take take) {
+  Range own = own_part(linear.n / kPanel);
+  for (int64_t panel = own.first; panel < own.last; ++panel) {
+    int64_t first = panel * kPanel;
+    __m512 added[kVectors], of_weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      added[v] = linear.bias ? load16(linear.bias + first + v * 16) : _mm512_setzero_ps();
+      of_weights[v] = linear.scales ? load16(linear.scales + first + v * 16) : _mm512_setzero_ps();
+    }
+    for_tiles(m, [&](int64_t row, auto count) {
+      constexpr int Count = decltype(count)::value;
+      __m512 values[Count][kVectors];
+      if (linear.scales) {
+        __m512i found[Count][kVectors];
+        const uint8_t* weights = (const uint8_t*)linear.weight + first * rows.padded;
+        tile_int8<Count>(weights, rows.bytes.data() + row * rows.padded, rows.padded, rows.padded / 4, found);
+        for (int r = 0; r < Count; ++r)
+          for (int v = 0; v < kVectors; ++v) {
+            __m512i exact = _mm512_sub_epi32(found[r][v], _mm512_set1_epi32(128 * rows.sums[row + r]));
+            __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(rows.scales[row + r]));
+            values[r][v] = _mm512_add_ps(_mm512_mul_ps(scaled, of_weights[v]), added[v]);
+          }
+      } else {
+        const bf16* weights = (const bf16*)linear.weight + first * rows.padded;
+        tile_bf16<Count>(weights, rows.halves.data() + row * rows.padded, rows.padded, rows.padded / 2, values);
+        for (int r = 0; r < Count; ++r)
+          for (int v = 0; v < kVectors; ++v) values[r][v] = _mm512_add_ps(values[r][v], added[v]);
+      }
+      for (int r = 0; r < Count; ++r) take(row + r, first, values[r]);
+    });
+  }
+}
+
+// Root mean square norm: y = x / sqrt(mean(x^2) + epsilon) * weight.
+void norm_row(const float* x, const float* weight, int64_t size, float epsilon, float* y) {
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t i = 0; i < size; i += 16) {
+    __m512 part = load16(x + i, lanes(size - i));
+    total = _mm512_fmadd_ps(part, part, total);
+  }
+  float factor = 1.0f / std::sqrt(_mm512_reduce_add_ps(total) / size + epsilon);
+  for (int64_t i = 0; i < size; i += 16) {
+    __mmask16 mask = lanes(size - i);
+    __m512 scaled = _mm512_mul_ps(load16(x + i, mask), _mm512_set1_ps(factor));
+    store16(y + i, _mm512_mul_ps(scaled, load16(weight + i, mask)), mask);
+  }
+}
+
+// exp(x) to about one unit in the last place (Cephes' polynomial), 0 below -87.3, and NaN for NaN.
+__m512 exp16(__m512 x) {
+  __m512 bounded = _mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), bounded);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  p = _mm512_scalef_ps(p, n);
+  return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+}
+
+__m512 silu16(__m512 x) {
+  __m512 inverse = _mm512_add_ps(_mm512_set1_ps(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+  return _mm512_div_ps(x, inverse);
+}
+
+// Rotate the halves of a head: x cos + (-x2, x1) sin. cosines, sines: [head_dim] of the position.
+template <typename T>
+void rotate_head(const float* x, const float* cosines, const float* sines, int64_t dim, T* y) {
+  for (int64_t i = 0; i < dim; ++i) {
+    float other = i < dim / 2 ? -x[i + dim / 2] : x[i - dim / 2];
+    float value = x[i] * cosines[i] + other * sines[i];
+    if constexpr (std::is_same_v<T, float>) {
+      y[i] = value;
+    } else {
+      store16(y + i, _mm512_set1_ps(value), 1);
+    }
+  }
+}
+
+// queries: [heads, m, dim]; keys, values: [kv_heads, m, dim].
+template <typename T>
+void into_attention(const RgShape& shape, const RgLayer& layer, const float* x, int64_t m, const float* cosines,
+                    const float* sines, T* queries, T* keys, T* values, int threads) {
+  Scratch& own = scratch();
+  const int64_t dim = shape.head_dim, n = layer.qkv.n;
+  const int64_t used = (shape.heads + 2 * shape.kv_heads) * dim;
+  own.rows.reserve(layer.qkv, m);
+  own.wide.resize(std::max<size_t>(own.wide.size(), m * n));
+  own.normed.resize(std::max<size_t>(own.normed.size(), threads * std::max(shape.hidden, dim)));
+  float* wide = own.wide.data();
+#pragma omp parallel num_threads(threads)
+  {
+    float* normed = own.normed.data() + omp_get_thread_num() * std::max(shape.hidden, dim);
+    Range rows = own_part(m);
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      norm_row(x + row * shape.hidden, layer.attention_norm, shape.hidden, shape.epsilon, normed);
+      own.rows.set(layer.qkv, row, normed);
+    }
+#pragma omp barrier
+    product(layer.qkv, own.rows, m, [&](int64_t row, int64_t channel, const __m512* found) {
+      for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(wide + row * n + channel + v * 16, found[v]);
+    });
+#pragma omp barrier
+    Range parts = own_part(m * used / dim);  // a head of a row each
+    for (int64_t part = parts.first; part < parts.last; ++part) {
+      int64_t row = part / (used / dim), head = part % (used / dim);
+      const float* from = wide + row * n + head * dim;
+      bool is_query = head < shape.heads, is_value = head >= shape.heads + shape.kv_heads;
+      const float* weight = is_value ? nullptr : is_query ? layer.query_norm : layer.key_norm;
+      if (weight) {
+        norm_row(from, weight, dim, shape.epsilon, normed);
+        from = normed;
+      }
+      if (is_value) {
+        T* to = values + ((head - shape.heads - shape.kv_heads) * m + row) * dim;
+        for (int64_t i = 0; i < dim; i += 16) store16(to + i, load16(from + i, lanes(dim - i)), lanes(dim - i));
+      } else {
+        T* to = is_query ? queries + (head * m + row) * dim : keys + ((head - shape.heads) * m + row) * dim;
+        rotate_head(from, cosines + row * dim, sines + row * dim, dim, to);
+      }
+    }
+  }
+}
+
+// attended: [m, heads * dim]; x: [m, hidden], changed in place.
+template <typename T>
+void after_attention(const RgShape& shape, const RgLayer& layer, const T* attended, float* x, int64_t m, int threads) {
+  Scratch& own = scratch();
+  static thread_local Rows of_attended, of_mlp, of_down_rows;
+  Rows &first = of_attended, &second = of_mlp, &third = of_down_rows;  // the team's, not each thread's
+  first.reserve(layer.output, m);
+  second.reserve(layer.gate_up, m);
+  third.reserve(layer.down, m);
+  const int64_t inner = shape.intermediate, hidden = shape.hidden;
+  own.wide.resize(std::max<size_t>(own.wide.size(), m * inner));
+  own.normed.resize(std::max<size_t>(own.normed.size(), threads * hidden));
+  float* wide = own.wide.data();
+  auto add = [&](int64_t row, int64_t channel, const __m512* found) {
+    for (int v = 0; v < kVectors; ++v) {
+      __mmask16 mask = lanes(std::max<int64_t>(0, hidden - channel - v * 16));
+      float* to = x + row * hidden + channel + v * 16;
+      store16(to, _mm512_add_ps(load16(to, mask), found[v]), mask);
+    }
+  };
+#pragma omp parallel num_threads(threads)
+  {
+    float* normed = own.normed.data() + omp_get_thread_num() * hidden;
+    Range rows = own_part(m);
+    for (int64_t row = rows.first; row < rows.last; ++row) first.set(layer.output, row, attended + row * layer.output.k);
+#pragma omp barrier
+    product(layer.output, first, m, add);
+#pragma omp barrier
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      norm_row(x + row * hidden, layer.mlp_norm, hidden, shape.epsilon, normed);
+      second.set(layer.gate_up, row, normed);
+    }
+#pragma omp barrier
+    product(layer.gate_up, second, m, [&](int64_t row, int64_t channel, const __m512* found) {
+      for (int v = 0; v < 2; ++v) {
+        int64_t at = channel / 2 + v * 16;
+        store16(wide + row * inner + at, _mm512_mul_ps(silu16(found[v]), found[v + 2]), lanes(std::max<int64_t>(0, inner - at)));
+      }
+    });
+#pragma omp barrier
+    for (int64_t row = rows.first; row < rows.last; ++row) third.set(layer.down, row, wide + row * inner);
+#pragma omp barrier
+    product(layer.down, third, m, add);
+  }
+}
+
+}  // namespace
+}  // namespace rillgate
+
+using namespace rillgate;
+
+extern "C" {
+
+void rg_into_attention_f32(const RgShape* shape, const RgLayer* layer, const float* x, int64_t m, const float* cosines, const float* sines, float* queries, float* keys, float* values, int threads) {
+  into_attention(*shape, *layer, x, m, cosines, sines, queries, keys, values, threads);
+}
+
+void rg_into_attention_bf16(const RgShape* shape, const RgLayer* layer, const float* x, int64_t m, const float* cosines, const float* sines, bf16* queries, bf16* keys, bf16* values, int threads) {
+  into_attention(*shape, *layer, x, m, cosines, sines, queries, keys, values, threads);
+}
+
+void rg_after_attention_f32(const RgShape* shape, const RgLayer* layer, const float* attended, float* x, int64_t m, int threads) {
+  after_attention(*shape, *layer, attended, x, m, threads);
+}
+
+void rg_after_attention_bf16(const RgShape* shape, const RgLayer* layer, const bf16* attended, float* x, int64_t m, int threads) {
+  after_attention(*shape, *layer, attended, x, m, threads);
+}
+}

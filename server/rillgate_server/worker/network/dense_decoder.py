@@ -1,0 +1,176 @@
+"""Llama, Mistral, Qwen2 and Qwen3 on CPUs in two C++ calls a layer, with attention between them.
+
+What transformers' modules compute, without their dispatch and with everything but attention fused
+around the products (kernels/decoder.cpp). The residual stream is float32, and each row is computed
+as if it were alone. Embedding, final norm, rotary angles and output head stay torch's.
+
+Owns how a layer's weights are joined and packed. Does not know files nor how attention is computed.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rillgate_server.worker.attention.base import AttentionStep
+from rillgate_server.worker.kernels.library import Kernels, Layer, Linear, Shape
+from rillgate_server.worker.quantization.int8 import Int8Linear
+
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_HALF_PANEL = 32
+
+
+def can_compute(model: PreTrainedModel) -> bool:
+    """Whether a loaded model is one of these: linear layers in INT8 or bf16, SiLU between."""
+    config = model.config
+    layer = model.get_decoder().layers[0]
+    is_packable = isinstance(layer.self_attn.q_proj, Int8Linear) or model.dtype == torch.bfloat16
+    return config.model_type in _MODEL_TYPES and config.hidden_act == "silu" and is_packable
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a weight, as they are before packing."""
+
+    weight: Tensor
+    """[out_features, in_features], int8 or bfloat16."""
+    scales: Tensor | None
+    """[out_features], float32, of int8."""
+    bias: Tensor
+    """[out_features], float32."""
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "_Rows":
+        """Read a layer."""
+        if isinstance(layer, Int8Linear):
+            weight, scales = layer.plain_weight(), layer.scales
+        else:
+            assert isinstance(layer, nn.Linear)
+            weight, scales = layer.weight.detach(), None
+        bias = layer.bias
+        return cls(
+            weight, scales, torch.zeros(len(weight)) if bias is None else bias.detach().float()
+        )
+
+    def joined(self, *others: "_Rows") -> "_Rows":
+        """Put others' rows behind."""
+        parts = (self, *others)
+        scales = [part.scales for part in parts if part.scales is not None]
+        return _Rows(
+            torch.cat([part.weight for part in parts]),
+            torch.cat(scales) if scales else None,
+            torch.cat([part.bias for part in parts]),
+        )
+
+    def padded(self, multiple: int) -> "_Rows":
+        """Fill up with rows of zeros."""
+        missing = -len(self.weight) % multiple
+
+        def fill(rows: Tensor) -> Tensor:
+            return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+
+        scales = None if self.scales is None else fill(self.scales)
+        return _Rows(fill(self.weight), scales, fill(self.bias))
+
+    def taken(self, order: Tensor) -> "_Rows":
+        """Order rows anew."""
+        scales = None if self.scales is None else self.scales[order]
+        return _Rows(self.weight[order], scales, self.bias[order])
+
+
+class _PackedLayer:
+    """One layer's weights in the form that the kernels read. State: none; keeps its tensors."""
+
+    def __init__(self, layer: nn.Module, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._kept: list[Tensor] = []
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = _Rows.of(attention.q_proj).joined(
+            _Rows.of(attention.k_proj), _Rows.of(attention.v_proj)
+        )
+        gates, ups = (_Rows.of(it).padded(_HALF_PANEL) for it in (mlp.gate_proj, mlp.up_proj))
+        # 32 gates and their 32 ups in each panel of 64 channels.
+        order = torch.arange(2 * len(gates.weight)).view(2, -1, _HALF_PANEL).transpose(0, 1)
+        self.struct = Layer(
+            self._vector(layer.input_layernorm.weight),
+            self._linear(qkv),
+            self._vector(getattr(attention, "q_norm", None)),
+            self._vector(getattr(attention, "k_norm", None)),
+            self._linear(_Rows.of(attention.o_proj)),
+            self._vector(layer.post_attention_layernorm.weight),
+            self._linear(gates.joined(ups).taken(order.flatten())),
+            self._linear(_Rows.of(mlp.down_proj)),
+        )
+
+    def _vector(self, of: nn.Module | Tensor | None) -> int | None:
+        """Return the address of float32 values, or of a norm's weight."""
+        if of is None:
+            return None
+        values = of.weight if isinstance(of, nn.Module) else of
+        self._kept.append(values.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _linear(self, rows: _Rows) -> Linear:
+        rows = rows.padded(2 * _HALF_PANEL)
+        is_int8 = rows.scales is not None
+        packed = (self._kernels.pack_int8 if is_int8 else self._kernels.pack_bf16)(rows.weight)
+        self._kept.append(packed)
+        return Linear(
+            packed.data_ptr(),
+            self._vector(rows.scales),
+            self._vector(rows.bias),
+            *rows.weight.shape,
+        )
+
+
+class DenseDecoder:
+    """A network of C++ layers (Network). State: none."""
+
+    def __init__(self, model: PreTrainedModel, kernels: Kernels) -> None:
+        """Take over a filled model for which `can_compute` holds; its layers are gone afterwards.
+
+        One layer at a time is there twice.
+        """
+        self.model = model
+        config, decoder = model.config, model.get_decoder()
+        attention = decoder.layers[0].self_attn
+        self._kernels = kernels
+        self._decoder = decoder
+        self._scaling = float(attention.scaling)
+        self._heads = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+        self._shape = Shape(
+            config.hidden_size, *self._heads, config.intermediate_size, config.rms_norm_eps
+        )
+        self._layers: list[_PackedLayer] = []
+        for i in range(len(decoder.layers)):
+            self._layers.append(_PackedLayer(decoder.layers[i], kernels))
+            decoder.layers[i] = nn.Identity()
+        decoder.layers = nn.ModuleList()
+
+    def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
+        """Run all layers over a packed step (Network.hidden)."""
+        dtype = self.model.dtype
+        num_heads, num_kv_heads, head_dim = self._heads
+        x = self._decoder.embed_tokens(tokens).float().contiguous()
+        cosines, sines = (
+            it[0].contiguous() for it in self._decoder.rotary_emb(x[None], positions[None])
+        )
+        query = torch.empty(num_heads, len(x), head_dim, dtype=dtype)
+        key, value = (torch.empty(num_kv_heads, len(x), head_dim, dtype=dtype) for _ in range(2))
+        shape = ctypes.byref(self._shape)
+        for index, layer in enumerate(self._layers):
+            of = ctypes.byref(layer.struct)
+            self._kernels.into_attention(shape, of, x, (cosines, sines), (query, key, value))
+            attended = step.attend(index, query, key, value, self._scaling)
+            self._kernels.after_attention(shape, of, attended.contiguous(), x)
+        weight = self._decoder.norm.weight.float()
+        normed = torch.nn.functional.rms_norm(x, weight.shape, weight, self._shape.epsilon)
+        return normed.to(dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """Apply the output head (Network.logits)."""
+        head = self.model.get_output_embeddings()  # looked up late: it may be replaced
+        logits: Tensor = head(hidden)
+        return logits
