@@ -13,6 +13,7 @@ from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.errors import ConfigError
 from rillgate_server.worker import worker as worker_module
 from rillgate_server.worker.kernels.library import Kernels, load_kernels
+from rillgate_server.worker.network.transformers_network import TransformersNetwork
 from rillgate_server.worker.quantization.int8 import Int8Linear, linear_int8, quantize_weight
 from rillgate_server.worker.worker import Worker, WorkerOptions
 from tests.support.checkpoints import KINDS, make_checkpoint
@@ -72,7 +73,9 @@ def test_the_layers_are_int8_and_the_head_is_not(
 ) -> None:
     """A mixture's experts stay as they are, too."""
     worker = int8_worker(checkpoint(kind), None, monkeypatch)
-    model = worker.network.model
+    network = worker.network
+    assert isinstance(network, TransformersNetwork)
+    model = network.model
     assert type(model.get_output_embeddings()) is nn.Linear
     linear = [m for m in model.get_decoder().modules() if isinstance(m, (nn.Linear, Int8Linear))]
     assert linear

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rillgate_server.worker.kernels.library import Kernels, load_kernels
+from rillgate_server.worker.kernels.library import Kernels, Linear, load_kernels
 from rillgate_server.worker.quantization.int8 import linear_int8, quantize_weight
 
 SHAPES = [(64, 64), (128, 896), (100, 37), (17, 4864), (896, 4864), (5, 3), (1, 1)]
@@ -40,7 +40,7 @@ def test_int8_is_bit_for_bit_as_defined(
     for bias in (None, torch.randn(shape[0])):
         for num_rows in NUM_ROWS:
             x = rows(num_rows, shape[1], dtype)
-            got = kernels.linear_int8(x, packed, scales, bias)
+            got = kernels.linear(Linear.of(packed, scales, bias, shape), x)
             assert torch.equal(got, linear_int8(x, weight, scales, bias)), (bias, num_rows)
 
 
@@ -48,10 +48,11 @@ def test_int8_is_bit_for_bit_as_defined(
 def test_a_row_that_is_not_finite_spoils_no_other(dtype: torch.dtype, kernels: Kernels) -> None:
     """NaN and infinity give NaN, in the kernel as in the definition."""
     weight, scales = quantize_weight(torch.randn(70, 64))
+    packed = kernels.pack_int8(weight)
     x = rows(4, 64, dtype)
     x[1, 3], x[3, 60] = torch.nan, -torch.inf
     for y in (
-        kernels.linear_int8(x, kernels.pack_int8(weight), scales, None),
+        kernels.linear(Linear.of(packed, scales, None, (70, 64)), x),
         linear_int8(x, weight, scales, None),
     ):
         assert torch.isfinite(y[[0, 2]]).all()
@@ -69,12 +70,13 @@ def test_bf16_is_near_the_exact_product_and_the_same_in_any_batch(
     for bias in (None, torch.randn(shape[0])):
         for num_rows in NUM_ROWS:
             x = rows(num_rows, shape[1], torch.bfloat16)
-            got = kernels.linear_bf16(x, packed, bias, shape[0])
+            layer = Linear.of(packed, None, bias, shape)
+            got = kernels.linear(layer, x)
             exact = x.double() @ weight.double().T + (0.0 if bias is None else bias)
             sizes = x.double().norm(dim=1)[:, None] * weight.double().norm(dim=1)
             assert ((got - exact).abs() <= exact.abs() * 2**-8 + sizes * 1e-5).all()
             for i in range(num_rows):
-                alone = kernels.linear_bf16(x[i : i + 1], packed, bias, shape[0])
+                alone = kernels.linear(layer, x[i : i + 1])
                 assert torch.equal(alone[0], got[i])
 
 
@@ -86,7 +88,8 @@ def test_threads_share_the_channels(num_threads: int, kernels: Kernels) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        got = kernels.linear_int8(x, kernels.pack_int8(weight), scales, None)
+        packed = kernels.pack_int8(weight)
+        got = kernels.linear(Linear.of(packed, scales, None, (130, 64)), x)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(got, linear_int8(x, weight, scales, None))

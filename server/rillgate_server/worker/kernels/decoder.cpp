@@ -8,18 +8,9 @@
 
 #include "packed_gemm.h"
 
-#include <vector>
-
 namespace rillgate {
 
 extern "C" {
-
-struct RgLinear {
-  const void* weight;   // packed
-  const float* scales;  // of int8's output channels; null: bf16
-  const float* bias;    // or null
-  int64_t n, k;         // n is a multiple of 64
-};
 
 struct RgLayer {
   const float* attention_norm;  // [hidden]
@@ -40,37 +31,6 @@ struct RgShape {
 
 namespace {
 
-// Rows as products take them. Buffers grow and stay; one engine thread calls, its team shares them.
-struct Rows {
-  std::vector<int8_t> bytes;
-  std::vector<bf16> halves;
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
-  int64_t padded = 0;
-
-  void reserve(const RgLinear& linear, int64_t m) {
-    padded = linear.scales ? (linear.k + 3) / 4 * 4 : (linear.k + 1) / 2 * 2;
-    if (linear.scales) {
-      bytes.resize(std::max<size_t>(bytes.size(), m * padded));
-      scales.resize(std::max<size_t>(scales.size(), m));
-      sums.resize(std::max<size_t>(sums.size(), m));
-    } else {
-      halves.resize(std::max<size_t>(halves.size(), m * padded));
-    }
-  }
-
-  template <typename T>
-  void set(const RgLinear& linear, int64_t row, const T* x) {
-    if (linear.scales) {
-      sums[row] = quantize_row(x, linear.k, padded, bytes.data() + row * padded, scales.data() + row);
-      return;
-    }
-    bf16* to = halves.data() + row * padded;
-    for (int64_t i = 0; i < linear.k; i += 16) store16(to + i, load16(x + i, lanes(linear.k - i)), lanes(linear.k - i));
-    if (padded != linear.k) to[linear.k] = 0;
-  }
-};
-
 struct Scratch {
   Rows rows;
   std::vector<float> wide;    // what a product gave, [m, n]
@@ -80,41 +40,6 @@ struct Scratch {
 Scratch& scratch() {
   static thread_local Scratch found;
   return found;
-}
-
-// Call `take(row, channel, values)` with 16 channels of a row's products, for every row and this thread's channels.
-template <typename Take>
-void product(const RgLinear& linear, const Rows& rows, int64_t m, Take take) {
-  Range own = own_part(linear.n / kPanel);
-  for (int64_t panel = own.first; panel < own.last; ++panel) {
-    int64_t first = panel * kPanel;
-    __m512 added[kVectors], of_weights[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      added[v] = linear.bias ? load16(linear.bias + first + v * 16) : _mm512_setzero_ps();
-      of_weights[v] = linear.scales ? load16(linear.scales + first + v * 16) : _mm512_setzero_ps();
-    }
-    for_tiles(m, [&](int64_t row, auto count) {
-      constexpr int Count = decltype(count)::value;
-      __m512 values[Count][kVectors];
-      if (linear.scales) {
-        __m512i found[Count][kVectors];
-        const uint8_t* weights = (const uint8_t*)linear.weight + first * rows.padded;
-        tile_int8<Count>(weights, rows.bytes.data() + row * rows.padded, rows.padded, rows.padded / 4, found);
-        for (int r = 0; r < Count; ++r)
-          for (int v = 0; v < kVectors; ++v) {
-            __m512i exact = _mm512_sub_epi32(found[r][v], _mm512_set1_epi32(128 * rows.sums[row + r]));
-            __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(rows.scales[row + r]));
-            values[r][v] = _mm512_add_ps(_mm512_mul_ps(scaled, of_weights[v]), added[v]);
-          }
-      } else {
-        const bf16* weights = (const bf16*)linear.weight + first * rows.padded;
-        tile_bf16<Count>(weights, rows.halves.data() + row * rows.padded, rows.padded, rows.padded / 2, values);
-        for (int r = 0; r < Count; ++r)
-          for (int v = 0; v < kVectors; ++v) values[r][v] = _mm512_add_ps(values[r][v], added[v]);
-      }
-      for (int r = 0; r < Count; ++r) take(row + r, first, values[r]);
-    });
-  }
 }
 
 // Root mean square norm: y = x / sqrt(mean(x^2) + epsilon) * weight.
@@ -170,7 +95,7 @@ template <typename T>
 void into_attention(const RgShape& shape, const RgLayer& layer, const float* x, int64_t m, const float* cosines,
                     const float* sines, T* queries, T* keys, T* values, int threads) {
   Scratch& own = scratch();
-  const int64_t dim = shape.head_dim, n = layer.qkv.n;
+  const int64_t dim = shape.head_dim, n = panels(layer.qkv.n) * kPanel;
   const int64_t used = (shape.heads + 2 * shape.kv_heads) * dim;
   own.rows.reserve(layer.qkv, m);
   own.wide.resize(std::max<size_t>(own.wide.size(), m * n));
@@ -214,8 +139,8 @@ void into_attention(const RgShape& shape, const RgLayer& layer, const float* x, 
 template <typename T>
 void after_attention(const RgShape& shape, const RgLayer& layer, const T* attended, float* x, int64_t m, int threads) {
   Scratch& own = scratch();
-  static thread_local Rows of_attended, of_mlp, of_down_rows;
-  Rows &first = of_attended, &second = of_mlp, &third = of_down_rows;  // the team's, not each thread's
+  static thread_local Rows of_attended, of_mlp, of_inner;
+  Rows &first = of_attended, &second = of_mlp, &third = of_inner;  // the team's, not each thread's
   first.reserve(layer.output, m);
   second.reserve(layer.gate_up, m);
   third.reserve(layer.down, m);
@@ -225,7 +150,7 @@ void after_attention(const RgShape& shape, const RgLayer& layer, const T* attend
   float* wide = own.wide.data();
   auto add = [&](int64_t row, int64_t channel, const __m512* found) {
     for (int v = 0; v < kVectors; ++v) {
-      __mmask16 mask = lanes(std::max<int64_t>(0, hidden - channel - v * 16));
+      __mmask16 mask = lanes(hidden - channel - v * 16);
       float* to = x + row * hidden + channel + v * 16;
       store16(to, _mm512_add_ps(load16(to, mask), found[v]), mask);
     }
@@ -246,7 +171,7 @@ void after_attention(const RgShape& shape, const RgLayer& layer, const T* attend
     product(layer.gate_up, second, m, [&](int64_t row, int64_t channel, const __m512* found) {
       for (int v = 0; v < 2; ++v) {
         int64_t at = channel / 2 + v * 16;
-        store16(wide + row * inner + at, _mm512_mul_ps(silu16(found[v]), found[v + 2]), lanes(std::max<int64_t>(0, inner - at)));
+        store16(wide + row * inner + at, _mm512_mul_ps(silu16(found[v]), found[v + 2]), lanes(inner - at));
       }
     });
 #pragma omp barrier

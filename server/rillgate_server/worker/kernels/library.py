@@ -15,13 +15,13 @@ from rillgate_server.worker.kernels.build import LIBRARY, source_digest
 
 _log = logging.getLogger(__name__)
 
+Size = tuple[int, int]
 _INT, _POINTER, _THREADS = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-_INT8_LINEAR = (_POINTER, _INT, _INT, *(_POINTER,) * 3, _INT, _POINTER, _THREADS)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rg_pack_int8": (_POINTER, _INT, _INT, _POINTER),
     "rg_pack_bf16": (_POINTER, _INT, _INT, _POINTER),
-    "rg_linear_int8_f32": _INT8_LINEAR,
-    "rg_linear_int8_bf16": _INT8_LINEAR,
+    "rg_linear_f32": (_POINTER, _POINTER, _INT, _POINTER, _THREADS),
+    "rg_linear_bf16": (_POINTER, _POINTER, _INT, _POINTER, _THREADS),
     **dict.fromkeys(
         ("rg_into_attention_f32", "rg_into_attention_bf16"),
         (_POINTER, _POINTER, _POINTER, _INT, *(_POINTER,) * 5, _THREADS),
@@ -30,17 +30,25 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         ("rg_after_attention_f32", "rg_after_attention_bf16"),
         (*(_POINTER,) * 4, _INT, _THREADS),
     ),
-    "rg_linear_bf16": (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER, _THREADS),
 }
 
 
 class Linear(ctypes.Structure):
-    """RgLinear of kernels/decoder.cpp: addresses of packed weight, scales and bias, and sizes."""
+    """RgLinear of kernels/packed_gemm.h. Holds addresses: its maker keeps the tensors."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("weight", "scales", "bias")),
         *((name, _INT) for name in ("n", "k")),
     )
+
+    @classmethod
+    def of(cls, packed: Tensor, scales: Tensor | None, bias: Tensor | None, size: Size) -> "Linear":
+        """Describe a packed weight of `size`, (out_features, in_features).
+
+        scales: [out_features], float32, of INT8; None: bf16. bias: the same, or None.
+        """
+        addresses = (None if it is None else it.data_ptr() for it in (packed, scales, bias))
+        return cls(*addresses, *size)
 
 
 class Layer(ctypes.Structure):
@@ -106,49 +114,19 @@ class Kernels:
         num_elements = self._library.rg_packed_elements(*weight.shape, 2)
         return self._pack("rg_pack_bf16", weight, torch.empty(num_elements, dtype=torch.bfloat16))
 
-    def linear_int8(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x W^T + b, x quantised row by row; bit for bit what quantization.int8 defines.
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        """Return x W^T + b, each row computed as if it were alone.
 
-        x: [num_rows, in_features], float32 or bfloat16; scales: [out_features], float32, of the
-        weight; bias: the same or None. Returns [num_rows, out_features] in x's type.
+        x: [num_rows, in_features]; float32, or bfloat16, which it must be for a weight in bf16. In
+        INT8 bit for bit what quantization.int8 defines, in bf16 summed in float32. Returns
+        [num_rows, out_features] in x's type.
         """
         x = x.contiguous()
-        y = x.new_empty(len(x), len(scales))
+        y = x.new_empty(len(x), layer.n)
         is_bf16 = x.dtype == torch.bfloat16
-        function = (
-            self._library.rg_linear_int8_bf16 if is_bf16 else self._library.rg_linear_int8_f32
-        )
-        function(
-            x.data_ptr(),
-            *x.shape,
-            packed.data_ptr(),
-            scales.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            len(scales),
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return y
-
-    def linear_bf16(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
-    ) -> Tensor:
-        """Return x W^T + b; summed in float32, each row as if it were alone.
-
-        x: [num_rows, in_features], bfloat16; bias: [out_features], float32, or None. Returns
-        [num_rows, out_features], bfloat16.
-        """
-        x = x.contiguous()
-        y = x.new_empty(len(x), out_features)
-        self._library.rg_linear_bf16(
-            x.data_ptr(),
-            *x.shape,
-            packed.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out_features,
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
+        function = self._library.rg_linear_bf16 if is_bf16 else self._library.rg_linear_f32
+        threads = torch.get_num_threads()
+        function(ctypes.byref(layer), x.data_ptr(), len(x), y.data_ptr(), threads)
         return y
 
     def into_attention(

@@ -2,83 +2,23 @@
 
 #include "packed_gemm.h"
 
-#include <vector>
-
 namespace rillgate {
 namespace {
 
 template <typename T>
-void linear_int8(const T* x, int64_t m, int64_t k, const uint8_t* packed, const float* weight_scales, const float* bias,
-                 int64_t n, T* y, int threads) {
-  const int64_t padded = (k + 3) / 4 * 4;
-  static thread_local std::vector<int8_t> quantized;
-  static thread_local std::vector<float> row_scales;
-  static thread_local std::vector<int32_t> row_sums;
-  quantized.resize(std::max<size_t>(quantized.size(), m * padded));
-  row_scales.resize(std::max<size_t>(row_scales.size(), m));
-  row_sums.resize(std::max<size_t>(row_sums.size(), m));
-  int8_t* q = quantized.data();
-  float* scales = row_scales.data();
-  int32_t* sums = row_sums.data();
-
+void linear(const RgLinear& layer, const T* x, int64_t m, T* y, int threads) {
+  static thread_local Rows of_caller;
+  Rows& rows = of_caller;  // the team's, not each thread's
+  rows.reserve(layer, m);
 #pragma omp parallel num_threads(threads)
   {
-    Range rows = own_part(m);
-    for (int64_t row = rows.first; row < rows.last; ++row)
-      sums[row] = quantize_row(x + row * k, k, padded, q + row * padded, scales + row);
+    Range own = own_part(m);
+    for (int64_t row = own.first; row < own.last; ++row) rows.set(layer, row, x + row * layer.k);
 #pragma omp barrier
-    Range own = own_part(panels(n));
-    for (int64_t panel = own.first; panel < own.last; ++panel) {
-      const uint8_t* weights = packed + panel * kPanel * padded;
-      for_tiles(m, [&](int64_t row, auto count) {
-        constexpr int Rows = decltype(count)::value;
-        __m512i found[Rows][kVectors];
-        tile_int8<Rows>(weights, q + row * padded, padded, padded / 4, found);
-        for (int v = 0; v < kVectors; ++v) {
-          int64_t channel = panel * kPanel + v * 16;
-          if (channel >= n) break;
-          __mmask16 mask = lanes(n - channel);
-          __m512 of_weights = _mm512_maskz_loadu_ps(mask, weight_scales + channel);
-          __m512 added = bias ? _mm512_maskz_loadu_ps(mask, bias + channel) : _mm512_setzero_ps();
-          for (int r = 0; r < Rows; ++r) {
-            // The weights are 128 too large: each sum has 128 times the row's sum too much.
-            __m512i exact = _mm512_sub_epi32(found[r][v], _mm512_set1_epi32(128 * sums[row + r]));
-            __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(scales[row + r])), of_weights);
-            store16(y + (row + r) * n + channel, _mm512_add_ps(value, added), mask);
-          }
-        }
-      });
-    }
-  }
-}
-
-void linear_bf16(const bf16* x, int64_t m, int64_t k, const bf16* packed, const float* bias, int64_t n, bf16* y, int threads) {
-  const int64_t padded = (k + 1) / 2 * 2;
-  const bf16* rows = x;
-  static thread_local std::vector<bf16> copied;
-  if (padded != k) {  // rows of an odd length are copied beside a zero
-    copied.assign(m * padded, 0);
-    for (int64_t row = 0; row < m; ++row) std::copy_n(x + row * k, k, copied.data() + row * padded);
-    rows = copied.data();
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    Range own = own_part(panels(n));
-    for (int64_t panel = own.first; panel < own.last; ++panel) {
-      const bf16* weights = packed + panel * kPanel * padded;
-      for_tiles(m, [&](int64_t row, auto count) {
-        constexpr int Rows = decltype(count)::value;
-        __m512 found[Rows][kVectors];
-        tile_bf16<Rows>(weights, rows + row * padded, padded, padded / 2, found);
-        for (int v = 0; v < kVectors; ++v) {
-          int64_t channel = panel * kPanel + v * 16;
-          if (channel >= n) break;
-          __mmask16 mask = lanes(n - channel);
-          __m512 added = bias ? _mm512_maskz_loadu_ps(mask, bias + channel) : _mm512_setzero_ps();
-          for (int r = 0; r < Rows; ++r) store16(y + (row + r) * n + channel, _mm512_add_ps(found[r][v], added), mask);
-        }
-      });
-    }
+    product(layer, rows, m, [&](int64_t row, int64_t channel, const __m512* found) {
+      for (int v = 0; v < kVectors; ++v)
+        store16(y + row * layer.n + channel + v * 16, found[v], lanes(layer.n - channel - v * 16));
+    });
   }
 }
 
@@ -110,15 +50,7 @@ void rg_pack_bf16(const bf16* weight, int64_t n, int64_t k, bf16* packed) {
   }
 }
 
-void rg_linear_int8_f32(const float* x, int64_t m, int64_t k, const uint8_t* packed, const float* scales, const float* bias, int64_t n, float* y, int threads) {
-  linear_int8(x, m, k, packed, scales, bias, n, y, threads);
-}
+void rg_linear_f32(const RgLinear* layer, const float* x, int64_t m, float* y, int threads) { linear(*layer, x, m, y, threads); }
 
-void rg_linear_int8_bf16(const bf16* x, int64_t m, int64_t k, const uint8_t* packed, const float* scales, const float* bias, int64_t n, bf16* y, int threads) {
-  linear_int8(x, m, k, packed, scales, bias, n, y, threads);
-}
-
-void rg_linear_bf16(const bf16* x, int64_t m, int64_t k, const bf16* packed, const float* bias, int64_t n, bf16* y, int threads) {
-  linear_bf16(x, m, k, packed, bias, n, y, threads);
-}
+void rg_linear_bf16(const RgLinear* layer, const bf16* x, int64_t m, bf16* y, int threads) { linear(*layer, x, m, y, threads); }
 }

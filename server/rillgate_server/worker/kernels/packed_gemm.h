@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")
 
@@ -59,7 +60,7 @@ inline void store16(bf16* to, __m512 value, __mmask16 mask) {
   rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
   _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(rounded));
 }
-inline __mmask16 lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
+inline __mmask16 lanes(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : __mmask16((1u << count) - 1); }
 
 // --- tiles ------------------------------------------------------------------------------------------------------
 
@@ -67,7 +68,8 @@ inline __mmask16 lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16(
 
 template <int Rows>
 inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t steps, __m512i (&sums)[Rows][kVectors]) {
-  for (auto& row : sums)
+  __m512i own[Rows][kVectors];  // not the caller's, which GCC would keep in memory
+  for (auto& row : own)
     for (auto& sum : row) sum = _mm512_setzero_si512();
   for (int64_t k = 0; k < steps; ++k, panel += kPanel * 4) {
     __m512i weights[kVectors];
@@ -78,14 +80,18 @@ inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int
       int32_t four;
       std::memcpy(&four, x + r * stride + 4 * k, 4);
       __m512i spread = _mm512_set1_epi32(four);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], weights[v], spread);
+      // Written down: around the intrinsic GCC 12 moves every accumulator through memory.
+      for (int v = 0; v < kVectors; ++v) asm("vpdpbusd %2, %1, %0" : "+v"(own[r][v]) : "v"(weights[v]), "v"(spread));
     }
   }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = own[r][v];
 }
 
 template <int Rows>
 inline void tile_bf16(const bf16* panel, const bf16* x, int64_t stride, int64_t steps, __m512 (&sums)[Rows][kVectors]) {
-  for (auto& row : sums)
+  __m512 own[Rows][kVectors];  // not the caller's, which GCC would keep in memory
+  for (auto& row : own)
     for (auto& sum : row) sum = _mm512_setzero_ps();
   for (int64_t k = 0; k < steps; ++k, panel += kPanel * 2) {
     __m512bh weights[kVectors];
@@ -96,9 +102,11 @@ inline void tile_bf16(const bf16* panel, const bf16* x, int64_t stride, int64_t 
       int32_t two;
       std::memcpy(&two, x + r * stride + 2 * k, 4);
       __m512bh spread = (__m512bh)_mm512_set1_epi32(two);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], weights[v], spread);
+      for (int v = 0; v < kVectors; ++v) own[r][v] = _mm512_dpbf16_ps(own[r][v], weights[v], spread);
     }
   }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = own[r][v];
 }
 
 struct Range {
@@ -147,12 +155,88 @@ inline int32_t quantize_row(const T* x, int64_t k, int64_t padded, int8_t* q, fl
   if (!std::isfinite(inverse)) inverse = 0.0f;
   __m512i total = _mm512_setzero_si512();
   for (int64_t i = 0; i < padded; i += 16) {
-    __m512 scaled = _mm512_mul_ps(load16(x + i, lanes(std::max<int64_t>(0, k - i))), _mm512_set1_ps(inverse));
+    __m512 scaled = _mm512_mul_ps(load16(x + i, lanes(k - i)), _mm512_set1_ps(inverse));
     __m512i whole = _mm512_cvt_roundps_epi32(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     total = _mm512_add_epi32(total, whole);
     _mm_mask_storeu_epi8(q + i, lanes(padded - i), _mm512_cvtepi32_epi8(whole));
   }
   return _mm512_reduce_add_epi32(total);
+}
+
+// --- products ---------------------------------------------------------------------------------------------------
+
+extern "C" struct RgLinear {
+  const void* weight;   // packed
+  const float* scales;  // of int8's output channels; null: bf16
+  const float* bias;    // or null
+  int64_t n, k;         // output and input channels
+};
+
+// Rows as products take them. Buffers grow and stay; one engine thread calls, its team shares them.
+struct Rows {
+  std::vector<int8_t> bytes;
+  std::vector<bf16> halves;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  int64_t padded = 0;
+
+  void reserve(const RgLinear& linear, int64_t m) {
+    padded = linear.scales ? (linear.k + 3) / 4 * 4 : (linear.k + 1) / 2 * 2;
+    if (linear.scales) {
+      bytes.resize(std::max<size_t>(bytes.size(), m * padded));
+      scales.resize(std::max<size_t>(scales.size(), m));
+      sums.resize(std::max<size_t>(sums.size(), m));
+    } else {
+      halves.resize(std::max<size_t>(halves.size(), m * padded));
+    }
+  }
+
+  template <typename T>
+  void set(const RgLinear& linear, int64_t row, const T* x) {
+    if (linear.scales) {
+      sums[row] = quantize_row(x, linear.k, padded, bytes.data() + row * padded, scales.data() + row);
+      return;
+    }
+    bf16* to = halves.data() + row * padded;
+    for (int64_t i = 0; i < linear.k; i += 16) store16(to + i, load16(x + i, lanes(linear.k - i)), lanes(linear.k - i));
+    if (padded != linear.k) to[linear.k] = 0;
+  }
+};
+
+// Call `take(row, channel, values)` with a panel of a row's products, for every row and each of this thread's panels.
+template <typename Take>
+inline void product(const RgLinear& linear, const Rows& rows, int64_t m, Take take) {
+  Range own = own_part(panels(linear.n));
+  for (int64_t panel = own.first; panel < own.last; ++panel) {
+    int64_t first = panel * kPanel;
+    __m512 added[kVectors], of_weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      __mmask16 mask = lanes(linear.n - first - v * 16);
+      added[v] = linear.bias ? load16(linear.bias + first + v * 16, mask) : _mm512_setzero_ps();
+      of_weights[v] = linear.scales ? load16(linear.scales + first + v * 16, mask) : _mm512_setzero_ps();
+    }
+    for_tiles(m, [&](int64_t row, auto count) {
+      constexpr int Count = decltype(count)::value;
+      __m512 values[Count][kVectors];
+      if (linear.scales) {
+        __m512i found[Count][kVectors];
+        const uint8_t* weights = (const uint8_t*)linear.weight + first * rows.padded;
+        tile_int8<Count>(weights, rows.bytes.data() + row * rows.padded, rows.padded, rows.padded / 4, found);
+        for (int r = 0; r < Count; ++r)
+          for (int v = 0; v < kVectors; ++v) {
+            __m512i exact = _mm512_sub_epi32(found[r][v], _mm512_set1_epi32(128 * rows.sums[row + r]));
+            __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(rows.scales[row + r]));
+            values[r][v] = _mm512_add_ps(_mm512_mul_ps(scaled, of_weights[v]), added[v]);
+          }
+      } else {
+        const bf16* weights = (const bf16*)linear.weight + first * rows.padded;
+        tile_bf16<Count>(weights, rows.halves.data() + row * rows.padded, rows.padded, rows.padded / 2, values);
+        for (int r = 0; r < Count; ++r)
+          for (int v = 0; v < kVectors; ++v) values[r][v] = _mm512_add_ps(values[r][v], added[v]);
+      }
+      for (int r = 0; r < Count; ++r) take(row + r, first, values[r]);
+    });
+  }
 }
 
 }  // namespace rillgate

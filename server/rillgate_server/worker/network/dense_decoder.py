@@ -9,8 +9,10 @@ Owns how a layer's weights are joined and packed. Does not know files nor how at
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +27,8 @@ _HALF_PANEL = 32
 def can_compute(model: PreTrainedModel) -> bool:
     """Whether a loaded model is one of these: linear layers in INT8 or bf16, SiLU between."""
     config = model.config
-    layer = model.get_decoder().layers[0]
+    decoder: Any = model.get_decoder()
+    layer = decoder.layers[0]
     is_packable = isinstance(layer.self_attn.q_proj, Int8Linear) or model.dtype == torch.bfloat16
     return config.model_type in _MODEL_TYPES and config.hidden_act == "silu" and is_packable
 
@@ -83,7 +86,7 @@ class _Rows:
 class _PackedLayer:
     """One layer's weights in the form that the kernels read. State: none; keeps its tensors."""
 
-    def __init__(self, layer: nn.Module, kernels: Kernels) -> None:
+    def __init__(self, layer: Any, kernels: Kernels) -> None:  # a module of transformers
         self._kernels = kernels
         self._kept: list[Tensor] = []
         attention, mlp = layer.self_attn, layer.mlp
@@ -94,35 +97,30 @@ class _PackedLayer:
         # 32 gates and their 32 ups in each panel of 64 channels.
         order = torch.arange(2 * len(gates.weight)).view(2, -1, _HALF_PANEL).transpose(0, 1)
         self.struct = Layer(
-            self._vector(layer.input_layernorm.weight),
+            self._norm(layer.input_layernorm),
             self._linear(qkv),
-            self._vector(getattr(attention, "q_norm", None)),
-            self._vector(getattr(attention, "k_norm", None)),
+            self._norm(getattr(attention, "q_norm", None)),
+            self._norm(getattr(attention, "k_norm", None)),
             self._linear(_Rows.of(attention.o_proj)),
-            self._vector(layer.post_attention_layernorm.weight),
+            self._norm(layer.post_attention_layernorm),
             self._linear(gates.joined(ups).taken(order.flatten())),
             self._linear(_Rows.of(mlp.down_proj)),
         )
 
-    def _vector(self, of: nn.Module | Tensor | None) -> int | None:
-        """Return the address of float32 values, or of a norm's weight."""
-        if of is None:
-            return None
-        values = of.weight if isinstance(of, nn.Module) else of
-        self._kept.append(values.detach().float().contiguous())
-        return self._kept[-1].data_ptr()
+    def _keep(self, values: Tensor) -> Tensor:
+        """Keep a tensor that only an address refers to."""
+        self._kept.append(values.contiguous())
+        return self._kept[-1]
+
+    def _norm(self, norm: nn.Module | None) -> int | None:
+        """Return the address of a norm's weight, float32."""
+        return None if norm is None else self._keep(norm.weight.detach().float()).data_ptr()
 
     def _linear(self, rows: _Rows) -> Linear:
-        rows = rows.padded(2 * _HALF_PANEL)
-        is_int8 = rows.scales is not None
-        packed = (self._kernels.pack_int8 if is_int8 else self._kernels.pack_bf16)(rows.weight)
-        self._kept.append(packed)
-        return Linear(
-            packed.data_ptr(),
-            self._vector(rows.scales),
-            self._vector(rows.bias),
-            *rows.weight.shape,
-        )
+        pack = self._kernels.pack_bf16 if rows.scales is None else self._kernels.pack_int8
+        scales = None if rows.scales is None else self._keep(rows.scales)
+        size = rows.weight.shape[0], rows.weight.shape[1]
+        return Linear.of(self._keep(pack(rows.weight)), scales, self._keep(rows.bias), size)
 
 
 class DenseDecoder:
@@ -134,14 +132,16 @@ class DenseDecoder:
         One layer at a time is there twice.
         """
         self.model = model
-        config, decoder = model.config, model.get_decoder()
+        config = model.config
+        decoder: Any = model.get_decoder()
         attention = decoder.layers[0].self_attn
         self._kernels = kernels
         self._decoder = decoder
         self._scaling = float(attention.scaling)
         self._heads = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+        self._epsilon = float(config.rms_norm_eps)
         self._shape = Shape(
-            config.hidden_size, *self._heads, config.intermediate_size, config.rms_norm_eps
+            config.hidden_size, *self._heads, config.intermediate_size, self._epsilon
         )
         self._layers: list[_PackedLayer] = []
         for i in range(len(decoder.layers)):
@@ -166,7 +166,7 @@ class DenseDecoder:
             attended = step.attend(index, query, key, value, self._scaling)
             self._kernels.after_attention(shape, of, attended.contiguous(), x)
         weight = self._decoder.norm.weight.float()
-        normed = torch.nn.functional.rms_norm(x, weight.shape, weight, self._shape.epsilon)
+        normed = F.rms_norm(x, weight.shape, weight, self._epsilon)
         return normed.to(dtype)
 
     def logits(self, hidden: Tensor) -> Tensor | None:

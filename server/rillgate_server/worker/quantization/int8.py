@@ -14,7 +14,7 @@ Owns the arithmetic and the layer. Does not know which layers of a model are qua
 import torch
 from torch import Tensor, nn
 
-from rillgate_server.worker.kernels.library import Kernels
+from rillgate_server.worker.kernels.library import Kernels, Linear
 
 _MOST = 127
 """-128 stays unused: a weight and its negative are kept alike."""
@@ -69,8 +69,12 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b. x: [..., in_features]; the result in x's type."""
         rows = x.flatten(0, -2)
-        linear = linear_int8 if self._kernels is None else self._kernels.linear_int8
-        return linear(rows, self.weight, self.scales, self.bias).view(*x.shape[:-1], -1)
+        if self._kernels is None:
+            y = linear_int8(rows, self.weight, self.scales, self.bias)
+        else:
+            size = self.out_features, self.in_features
+            y = self._kernels.linear(Linear.of(self.weight, self.scales, self.bias, size), rows)
+        return y.view(*x.shape[:-1], -1)
 
     def plain_weight(self) -> Tensor:
         """Return the weight unpacked. [out_features, in_features], int8."""
