@@ -1,4 +1,4 @@
-"""What the machine can do at most: read bandwidth, and operations of a bf16 matrix product.
+"""What the machine can do at most: read bandwidth, and operations of matrix products.
 
 Measured in the same run as what is compared with it, because a shared machine's speed drifts.
 """
@@ -22,6 +22,8 @@ class MachineLimits:
     read_bytes_per_s: float
     bf16_ops_per_s: float
     """Multiplications and additions, counted apart."""
+    int8_ops_per_s: float
+    """The same, of INT8 products summed in 32 bits."""
 
 
 def measure_limits(num_tries: int = 5) -> MachineLimits:
@@ -31,7 +33,10 @@ def measure_limits(num_tries: int = 5) -> MachineLimits:
     a = torch.randn(_MATRIX, _MATRIX).bfloat16()
     b = torch.randn(_MATRIX, _MATRIX).bfloat16()
     product_s = _best(lambda: a @ b, num_tries * 4)
-    return MachineLimits(_READ_BYTES / read_s, 2 * _MATRIX**3 / product_s)
+    whole = torch.randint(-127, 127, (_MATRIX, _MATRIX), dtype=torch.int8)
+    whole_s = _best(lambda: torch._int_mm(whole, whole.T), num_tries * 4)
+    operations = 2 * _MATRIX**3
+    return MachineLimits(_READ_BYTES / read_s, operations / product_s, operations / whole_s)
 
 
 def _best(run: Callable[[], object], num_tries: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.contestants.protocol import Message, serve
 from rillgate_server.config.groups import BatcherConfig, CacheConfig
 from rillgate_server.core.clock import SystemClock
-from rillgate_server.core.model_spec import CacheSizes
+from rillgate_server.core.model_spec import NO_QUANTIZATION, CacheSizes
 from rillgate_server.core.request import ChoiceStart, Request
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import StepPlan, StepResult
@@ -51,9 +51,10 @@ class _TimedWorker:
 class EngineContestant:
     """One engine with one worker, loaded once."""
 
-    def __init__(self, model_dir: str) -> None:
+    def __init__(self, model_dir: str, quantization: str = NO_QUANTIZATION) -> None:
         """Load the checkpoint and allocate the cache."""
-        worker = Worker.load(Path(model_dir), WorkerOptions(num_threads=2))
+        options = WorkerOptions(num_threads=2, quantization=quantization)
+        worker = Worker.load(Path(model_dir), options)
         worker.allocate_cache(_NUM_BLOCKS)
         self._worker = _TimedWorker(worker)
         sizes = CacheSizes(_NUM_BLOCKS, worker.layout.block_bytes, worker.spec.dtype)

@@ -112,7 +112,7 @@ class _PackedLayer:
         self._kept.append(values.contiguous())
         return self._kept[-1]
 
-    def _norm(self, norm: nn.Module | None) -> int | None:
+    def _norm(self, norm: Any) -> int | None:  # a module of transformers, or None
         """Return the address of a norm's weight, float32."""
         return None if norm is None else self._keep(norm.weight.detach().float()).data_ptr()
 
@@ -136,7 +136,7 @@ class DenseDecoder:
         decoder: Any = model.get_decoder()
         attention = decoder.layers[0].self_attn
         self._kernels = kernels
-        self._decoder = decoder
+        self._decoder: Any = decoder
         self._scaling = float(attention.scaling)
         self._heads = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
         self._epsilon = float(config.rms_norm_eps)
