@@ -20,6 +20,7 @@ _INT, _POINTER, _THREADS = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rg_pack_int8": (_POINTER, _INT, _INT, _POINTER),
     "rg_pack_bf16": (_POINTER, _INT, _INT, _POINTER),
+    "rg_attend_decode": (*(_POINTER,) * 4, _INT, _POINTER, _THREADS),
     "rg_linear_f32": (_POINTER, _POINTER, _INT, _POINTER, _THREADS),
     "rg_linear_bf16": (_POINTER, _POINTER, _INT, _POINTER, _THREADS),
     **dict.fromkeys(
@@ -72,6 +73,33 @@ class Shape(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate")),
         ("epsilon", ctypes.c_float),
+    )
+
+
+class Heads(ctypes.Structure):
+    """RgHeads of kernels/attention.cpp."""
+
+    _fields_ = (
+        *((name, _INT) for name in ("heads", "kv_heads", "key_dim", "value_dim")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Cache(ctypes.Structure):
+    """RgCache: one layer's keys and values; strides in elements."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _INT) for name in ("key_stride", "value_stride", "block_size")),
+    )
+
+
+class DecodeRows(ctypes.Structure):
+    """RgDecodeRows: addresses of int64 per row, and of each row's block table."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("offsets", "positions", "tables")),
+        *((name, _INT) for name in ("num_rows", "window")),
     )
 
 
@@ -155,6 +183,19 @@ class Kernels:
         name = "rg_after_attention_bf16" if is_bf16 else "rg_after_attention_f32"
         getattr(self._library, name)(
             shape, layer, attended.data_ptr(), x.data_ptr(), len(x), torch.get_num_threads()
+        )
+
+    def attend_decode(
+        self, heads: Heads, cache: Cache, rows: DecodeRows, query: Tensor, output: Tensor
+    ) -> None:
+        """Fill the rows' tokens of output [num_tokens, heads, value_dim], bf16.
+
+        query: [heads, num_tokens, key_dim], bf16.
+        """
+        query = query.contiguous()
+        structs = (ctypes.byref(it) for it in (heads, cache, rows))
+        self._library.rg_attend_decode(
+            *structs, query.data_ptr(), len(output), output.data_ptr(), torch.get_num_threads()
         )
 
     def unpack_int8(self, packed: Tensor, out_features: int, in_features: int) -> Tensor:
