@@ -108,8 +108,8 @@ class Worker:
             if kernels is not None and can_compute(model):
                 network = DenseDecoder(model, kernels)
             else:
+                pack_linear_layers(model)
                 network = TransformersNetwork(model)
-            pack_linear_layers(model)
             ranks = 1
         else:
             sharding = Sharding(load_config(model_dir), group.place.rank, group.place.ranks)

@@ -2,7 +2,7 @@
 
 What transformers' modules compute, without their dispatch and with everything but attention fused
 around the products (kernels/decoder.cpp). The residual stream is float32, and each row is computed
-as if it were alone. Embedding, final norm, rotary angles and output head stay torch's.
+as if it were alone. Embedding, final norm and rotary angles stay torch's.
 
 Owns how a layer's weights are joined and packed. Does not know files nor how attention is computed.
 """
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rillgate_server.worker.attention.base import AttentionStep
 from rillgate_server.worker.kernels.library import Kernels, Layer, Linear, Shape
+from rillgate_server.worker.packed_linear import MAX_SECOND_COPY_BYTES
 from rillgate_server.worker.quantization.int8 import Int8Linear
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -83,12 +84,22 @@ class _Rows:
         return _Rows(self.weight[order], scales, self.bias[order])
 
 
+class _PackedLinear:
+    """A weight in the form that the kernels read. State: none; keeps the tensors."""
+
+    def __init__(self, rows: _Rows, kernels: Kernels) -> None:
+        pack = kernels.pack_bf16 if rows.scales is None else kernels.pack_int8
+        self._kept = pack(rows.weight), rows.scales, rows.bias.contiguous()
+        size = rows.weight.shape[0], rows.weight.shape[1]
+        self.struct = Linear.of(*self._kept, size)
+
+
 class _PackedLayer:
     """One layer's weights in the form that the kernels read. State: none; keeps its tensors."""
 
     def __init__(self, layer: Any, kernels: Kernels) -> None:  # a module of transformers
         self._kernels = kernels
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor | _PackedLinear] = []
         attention, mlp = layer.self_attn, layer.mlp
         qkv = _Rows.of(attention.q_proj).joined(
             _Rows.of(attention.k_proj), _Rows.of(attention.v_proj)
@@ -107,20 +118,18 @@ class _PackedLayer:
             self._linear(_Rows.of(mlp.down_proj)),
         )
 
-    def _keep(self, values: Tensor) -> Tensor:
-        """Keep a tensor that only an address refers to."""
-        self._kept.append(values.contiguous())
-        return self._kept[-1]
-
     def _norm(self, norm: Any) -> int | None:  # a module of transformers, or None
         """Return the address of a norm's weight, float32."""
-        return None if norm is None else self._keep(norm.weight.detach().float()).data_ptr()
+        if norm is None:
+            return None
+        weight = norm.weight.detach().float().contiguous()
+        self._kept.append(weight)
+        return int(weight.data_ptr())
 
     def _linear(self, rows: _Rows) -> Linear:
-        pack = self._kernels.pack_bf16 if rows.scales is None else self._kernels.pack_int8
-        scales = None if rows.scales is None else self._keep(rows.scales)
-        size = rows.weight.shape[0], rows.weight.shape[1]
-        return Linear.of(self._keep(pack(rows.weight)), scales, self._keep(rows.bias), size)
+        packed = _PackedLinear(rows, self._kernels)
+        self._kept.append(packed)
+        return packed.struct
 
 
 class DenseDecoder:
@@ -148,6 +157,7 @@ class DenseDecoder:
             self._layers.append(_PackedLayer(decoder.layers[i], kernels))
             decoder.layers[i] = nn.Identity()
         decoder.layers = nn.ModuleList()
+        self._head = self._packed_head()
 
     def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Run all layers over a packed step (Network.hidden)."""
@@ -171,6 +181,19 @@ class DenseDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Apply the output head (Network.logits)."""
-        head = self.model.get_output_embeddings()  # looked up late: it may be replaced
-        logits: Tensor = head(hidden)
+        if self._head is not None:
+            return self._kernels.linear(self._head.struct, hidden)
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
+
+    def _packed_head(self) -> "_PackedLinear | None":
+        """Pack the output head, in bf16; beside an embedding that it is tied to, a small one."""
+        head: Any = self.model.get_output_embeddings()
+        is_tied = head.weight is self._decoder.embed_tokens.weight
+        is_large = head.weight.nbytes > MAX_SECOND_COPY_BYTES
+        if self.model.dtype != torch.bfloat16 or (is_tied and is_large):
+            return None
+        packed = _PackedLinear(_Rows.of(head), self._kernels)
+        if not is_tied:
+            head.weight = nn.Parameter(head.weight.new_empty(0), requires_grad=False)
+        return packed
