@@ -6,10 +6,13 @@ The ranks are real processes; rank 0 is this one, under the real scheduler.
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from rillgate_server.core.model_spec import CacheSizes
+from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.scheduler.scheduler import Scheduler
-from tests.support.checkpoints import KINDS
+from rillgate_server.worker.worker import Worker, WorkerOptions
+from tests.support.checkpoints import KINDS, VOCAB_SIZE
 from tests.support.engine_run import (
     BATCHER,
     MAX_LOGPROB_ERROR,
@@ -21,8 +24,11 @@ from tests.support.engine_run import (
     differences,
     worst_logprob_error,
 )
+from tests.support.equality import mixed_prompts
+from tests.support.planner import Executes, Job, Planner
 from tests.support.ranks import RankPool, Split, split_model
-from tests.support.worker_fixtures import MakeCheckpoint, MakeReference
+from tests.support.worker_fixtures import BLOCK_SIZE, MakeCheckpoint, MakeReference
+from tests.support.worker_fixtures import NUM_BLOCKS as MANY_BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +82,28 @@ def test_a_split_model_gets_the_tokens_of_generate(
             pairs = zip(got, expected, strict=True)
             errors = [worst_logprob_error(g, e) for g, e in pairs if g.tokens == e.tokens]
             assert max(errors) < MAX_LOGPROB_ERROR
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "deepseek_v3"])
+def test_a_split_of_int8_weights_is_as_near_the_exact_model_as_the_whole(
+    kind: str, pool: RankPool, checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """Each rank's part of a row-wise layer has scales of its own: not equal, but no further off."""
+    path, (_, expected) = checkpoint(kind), reference(kind)
+    sampling = SamplingParams(seed=0, temperature=0.0, num_logprobs=VOCAB_SIZE)
+
+    def error_of(executor: Executes) -> float:
+        jobs = [Job(prompt, 1, sampling) for prompt in mixed_prompts()]
+        Planner(MANY_BLOCKS, BLOCK_SIZE, step_tokens=1024, chunk=1024).run(executor, jobs)
+        errors = []
+        for job, answer in zip(jobs, expected, strict=True):
+            got = dict(job.logprobs[0].top)
+            exact = answer.logits[0].log_softmax(dim=-1)
+            errors.append(torch.tensor([got[i] for i in range(VOCAB_SIZE)]) - exact)
+        return float(torch.cat(errors).std())
+
+    options = WorkerOptions("float32", block_size_tokens=BLOCK_SIZE, quantization="int8")
+    whole = Worker.load(path, options)
+    whole.allocate_cache(MANY_BLOCKS)
+    with split_model(pool, path, num_blocks=MANY_BLOCKS, quantization="int8") as split:
+        assert 0.0 < error_of(split.executor) < 1.2 * error_of(whole)

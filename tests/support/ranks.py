@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -153,7 +153,7 @@ def join(
     group = RankGroup.join(RankPlace(0, ranks, "127.0.0.1", port), {}, device, WAIT_S)
     lost: Future[RankLost] = Future()
     group.call_on_loss(lost.set_result)
-    worker = Worker.load(path, _options(device), group=group)
+    worker = Worker.load(path, _options(device, order), group=group)
     return Split(RankExecutor(worker, group), worker, group, others, lost)
 
 
@@ -180,8 +180,14 @@ def split_model(
             assert [rank.wait() for rank in split.ranks] == [0] * (ranks - 1)
 
 
-def _options(device: torch.device) -> WorkerOptions:
-    return WorkerOptions("float32", num_threads=1, block_size_tokens=BLOCK_SIZE, device=device)
+def _options(device: torch.device, order: Mapping[str, Any]) -> WorkerOptions:
+    return WorkerOptions(
+        "float32",
+        num_threads=1,
+        block_size_tokens=BLOCK_SIZE,
+        device=device,
+        quantization=order.get("quantization", "none"),
+    )
 
 
 class FaultyCollectives:
@@ -259,7 +265,7 @@ def _become(order: dict[str, Any]) -> None:
         group.collectives = FaultyCollectives(  # type: ignore[assignment]
             group.collectives, order["at"], order["signal"]
         )
-    worker = FaultyWorker.load(Path(order["path"]), _options(device), group=group)
+    worker = FaultyWorker.load(Path(order["path"]), _options(device, order), group=group)
     assert isinstance(worker, FaultyWorker)
     worker.copies = order.get("copies", "")
     worker.raises_at = order.get("raises_at", -1)
