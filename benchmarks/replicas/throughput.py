@@ -41,7 +41,7 @@ SHAPE = {
 }
 """200 MB of weights: with prompts of 512 tokens and 32 tokens out four fifths of the time are
 prefill, which computes and hardly reads memory, so two replicas do not share what one alone has to
-itself. (With 256 in and 64 out half of it is decoding, and the ratio 1.64 where this is 1.79.)"""
+itself. (With 256 in and 64 out half of it is decoding, and the ratio the same within noise.)"""
 CHECKPOINT = ROOT / "build" / "bench" / "two-replicas-shape"
 CACHE = "cache.device_memory=256MiB"
 
