@@ -51,11 +51,8 @@ def swapping_run(split: Split, num_blocks: int) -> Run:
 SIZES = {2: (12, NUM_BLOCKS), 4: (6, 20)}
 """Ranks -> (prompts, blocks of the device tier): four on two cores wait for each other much."""
 
-SPLITS = [(kind, 2) for kind in KINDS] + [
-    ("llama", 4),  # two heads of keys and values, each on two ranks
-    ("qwen3", 4),
-    ("deepseek_v3", 4),
-]
+SPLITS = [(kind, ranks) for ranks in SIZES for kind in KINDS]
+"""With four ranks each of the two heads of keys and values is on two of them."""
 
 
 @pytest.mark.parametrize(("kind", "ranks"), SPLITS)
