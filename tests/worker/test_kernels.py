@@ -1,5 +1,9 @@
 """The C++ kernels give what their definition in torch gives, row by row, in any batch."""
 
+import platform
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +23,17 @@ def kernels() -> Kernels:
     if found is None:
         pytest.skip("no C++ kernels here: not built, or no AVX-512 VNNI and BF16")
     return found
+
+
+def test_they_are_there_where_they_can_be() -> None:
+    """Or every test of theirs would be skipped, and nobody would know why servers are slow."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.exists() else ""
+    if platform.machine() != "x86_64" or not {"avx512_vnni", "avx512_bf16"} <= set(flags.split()):
+        pytest.skip("this processor lacks AVX-512 VNNI or BF16")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    assert load_kernels() is not None, "run `make setup`"
 
 
 def rows(num_rows: int, in_features: int, dtype: torch.dtype) -> Tensor:

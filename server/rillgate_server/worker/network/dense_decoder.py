@@ -26,12 +26,16 @@ _HALF_PANEL = 32
 
 
 def can_compute(model: PreTrainedModel) -> bool:
-    """Whether a loaded model is one of these: linear layers in INT8 or bf16, SiLU between."""
+    """Whether a loaded model is one of these: linear layers in INT8 or bf16, SiLU between them, and
+    rotary angles for every dimension of a head."""
     config = model.config
     decoder: Any = model.get_decoder()
     layer = decoder.layers[0]
     is_packable = isinstance(layer.self_attn.q_proj, Int8Linear) or model.dtype == torch.bfloat16
-    return config.model_type in _MODEL_TYPES and config.hidden_act == "silu" and is_packable
+    if config.model_type not in _MODEL_TYPES or config.hidden_act != "silu" or not is_packable:
+        return False
+    # The kernel rotates whole heads.
+    return bool(2 * len(decoder.rotary_emb.inv_freq) == layer.self_attn.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
