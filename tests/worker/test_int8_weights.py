@@ -104,13 +104,16 @@ def test_an_int8_model_is_another_version(checkpoint: MakeCheckpoint) -> None:
     assert spec.with_quantization("none") == spec
 
 
-def test_int8_on_a_gpu_is_refused_before_anything_is_read(
+def test_int8_on_a_gpu_without_triton_is_refused_before_anything_is_read(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes with the GPU's own kernels."""
+    """Builds of torch for CPUs have none."""
     monkeypatch.setattr(worker_module, "free_bytes", lambda _device: 1 << 40)
+    module = "rillgate_server.worker.quantization.int8_triton"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
     options = WorkerOptions("float32", quantization="int8", device=torch.device("cuda", 0))
-    with pytest.raises(ConfigError, match=r"model.quantization is int8 on cuda:0; allowed: none"):
+    with pytest.raises(ConfigError, match=r"int8 on cuda:0, which needs Triton .*: none"):
         Worker.load(checkpoint("llama"), options)
 
 

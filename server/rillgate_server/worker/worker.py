@@ -21,7 +21,12 @@ from rillgate_server.worker.compute_device import CPU, free_bytes
 from rillgate_server.worker.kernels.library import load_kernels
 from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import KVTransfer
-from rillgate_server.worker.model_loader import WeightStore, load_config, load_network
+from rillgate_server.worker.model_loader import (
+    QuantizeLinear,
+    WeightStore,
+    load_config,
+    load_network,
+)
 from rillgate_server.worker.model_runner import ModelRunner
 from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.network.dense_decoder import DenseDecoder, can_compute
@@ -167,12 +172,24 @@ def _weight_store(options: WorkerOptions) -> WeightStore:
     if options.quantization == NO_QUANTIZATION:
         return store
     if options.device != CPU:
-        raise ConfigError(
-            f"model.quantization is {options.quantization} on {options.device}; allowed: none (on "
-            "CPUs int8, too)"
-        )
+        return replace(store, quantize=_quantize_on_gpu(options))
     kernels = load_kernels()
     return replace(store, quantize=lambda weight: Int8Linear(weight, kernels))
+
+
+def _quantize_on_gpu(options: WorkerOptions) -> QuantizeLinear:
+    """Return what makes layers there; raises ConfigError without Triton."""
+    try:
+        # Builds of torch for CPUs come without Triton.
+        from rillgate_server.worker.quantization.int8_triton import (  # noqa: PLC0415
+            TritonInt8Linear,
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"model.quantization is {options.quantization} on {options.device}, which needs Triton "
+            f"({error}); allowed without: none"
+        ) from error
+    return TritonInt8Linear
 
 
 def check_ranks(model_dir: Path, ranks: int) -> None:

@@ -24,8 +24,8 @@ _PART_ELEMENTS = 1 << 20
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return [out_features, in_features], int8, and [out_features], float32, of a weight."""
-    whole = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(len(weight), dtype=torch.float32)
+    whole = torch.empty_like(weight, dtype=torch.int8)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     channels_at_once = max(1, _PART_ELEMENTS // weight.shape[1])
     for first in range(0, len(weight), channels_at_once):
         part = slice(first, first + channels_at_once)
