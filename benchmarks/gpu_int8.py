@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.results_file import write_results
 from rillgate_server.core.model_spec import KVLayout
-from rillgate_server.worker.attention.base import PackedRow, PackedStep
+from rillgate_server.worker.attention.base import AttentionStep, PackedRow, PackedStep
 from rillgate_server.worker.attention.sdpa import SdpaAttention
 from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.network.transformers_network import (
@@ -71,7 +71,8 @@ def to_bnb(linear: nn.Linear) -> nn.Module:
     )
     if has_bias:
         layer.bias = nn.Parameter(linear.bias.data, requires_grad=False)
-    return layer.to(CUDA)
+    moved: nn.Module = layer.to(CUDA)
+    return moved
 
 
 METHODS: dict[str, MakeLinear | None] = {"bf16": None, "int8": to_int8, "bnb-int8": to_bnb}
@@ -99,8 +100,11 @@ def make_network(make: MakeLinear | None, num_layers: int) -> TransformersNetwor
     return TransformersNetwork(model.eval())
 
 
-def decode_step(network: TransformersNetwork, storage: KVStorage, batch: int) -> Callable[[], None]:
-    """Return one step of `batch` rows at the end of their contexts."""
+def decode_step(
+    network: TransformersNetwork, storage: KVStorage, batch: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return one step of `batch` rows at the end of their contexts: all of it, and the device's
+    part alone, which a CUDA graph can hold."""
     attention = SdpaAttention(storage, torch.bfloat16)
     per_row = CONTEXT_TOKENS // BLOCK_TOKENS
     tables = torch.arange(batch * per_row).view(batch, per_row)
@@ -112,13 +116,32 @@ def decode_step(network: TransformersNetwork, storage: KVStorage, batch: int) ->
         tuple(PackedRow(i, start, 1, tables[i]) for i in range(batch)),
     )
 
+    def compute(on_device: PackedStep, prepared: AttentionStep) -> Tensor:
+        hidden = network.hidden(on_device.token_ids, on_device.positions, prepared)
+        logits = network.logits(hidden)
+        assert logits is not None
+        return logits.argmax(dim=-1)
+
     def run() -> None:
         on_device = step.on(CUDA)
-        prepared = attention.prepare(on_device)
-        hidden = network.hidden(on_device.token_ids, on_device.positions, prepared)
-        network.logits(hidden).argmax(dim=-1).cpu()
+        compute(on_device, attention.prepare(on_device)).cpu()
 
-    return run
+    fixed = step.on(CUDA)
+    prepared = attention.prepare(fixed)
+
+    def run_on_device() -> None:
+        compute(fixed, prepared)
+
+    return run, run_on_device
+
+
+def captured(run: Callable[[], None]) -> Callable[[], None]:
+    """Put it into a CUDA graph."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def seconds(run: Callable[[], object], num_calls: int) -> float:
@@ -129,7 +152,7 @@ def seconds(run: Callable[[], object], num_calls: int) -> float:
         run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1000 / num_calls
+    return float(begin.elapsed_time(end)) / 1000 / num_calls
 
 
 def samples_of(run: Callable[[], object], num_calls: int = 5) -> list[float]:
@@ -143,6 +166,22 @@ def read_bytes_per_s() -> float:
     """Measure what the device reads: 4 GiB summed, best of several."""
     data = torch.ones(1 << 30, dtype=torch.float32, device=CUDA)
     return max(data.nbytes / s for s in samples_of(lambda: data.sum(), 3))
+
+
+def step_row(
+    what: str, batch: int, weight_bytes: int, samples: list[float]
+) -> dict[str, Any]:  # Any: JSON
+    """Say what a step took."""
+    step_s = statistics.median(samples)
+    print(what, round(step_s * 1000, 2), "ms", flush=True)
+    return {
+        "what": what,
+        "step_ms": round(step_s * 1000, 3),
+        "tokens_per_s": round(batch / step_s, 1),
+        "weight_bytes": weight_bytes,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "samples": samples,
+    }
 
 
 def network_rows(num_layers: int) -> list[dict[str, Any]]:  # Any: JSON
@@ -162,19 +201,12 @@ def network_rows(num_layers: int) -> list[dict[str, Any]]:  # Any: JSON
         num_blocks = max(BATCHES) * CONTEXT_TOKENS // BLOCK_TOKENS
         storage = KVStorage(layout, num_blocks, device=CUDA)
         for batch in BATCHES:
-            samples = samples_of(decode_step(network, storage, batch))
-            step_s = statistics.median(samples)
-            rows.append(
-                {
-                    "what": f"{method}, {batch} rows",
-                    "step_ms": round(step_s * 1000, 3),
-                    "tokens_per_s": round(batch / step_s, 1),
-                    "weight_bytes": weight_bytes,
-                    "peak_bytes": torch.cuda.max_memory_allocated(),
-                    "samples": samples,
-                }
-            )
-            print(rows[-1]["what"], rows[-1]["step_ms"], "ms", flush=True)
+            run, run_on_device = decode_step(network, storage, batch)
+            ways = {f"{method}, {batch} rows": run}
+            if method != "bnb-int8":  # it waits for the device in the middle of a layer
+                ways[f"{method} in a CUDA graph, {batch} rows"] = captured(run_on_device)
+            for what, way in ways.items():
+                rows.append(step_row(what, batch, weight_bytes, samples_of(way)))
         del network, storage
     return rows
 
@@ -226,15 +258,21 @@ def main() -> None:
     arguments = parser.parse_args()
     bytes_per_s = read_bytes_per_s()
     print(f"reads {bytes_per_s / 1e12:.2f} TB/s", flush=True)
-    rows = [{"what": "read bandwidth", "bytes_per_s": bytes_per_s, "samples": [bytes_per_s]}]
+    rows: list[dict[str, Any]] = [
+        {"what": "read bandwidth", "bytes_per_s": bytes_per_s, "samples": [bytes_per_s]}
+    ]
     rows += network_rows(arguments.layers)
-    by_name = {row["what"]: row for row in rows}
+    steps = {str(row["what"]): row["step_ms"] for row in rows if "step_ms" in row}
     ratios = {
-        f"gpu_int8_over_{label}_decode_{batch}": by_name[f"{other}, {batch} rows"]["step_ms"]
-        / by_name[f"int8, {batch} rows"]["step_ms"]
-        for other, label in (("bf16", "bf16"), ("bnb-int8", "bnb"))
+        f"gpu_int8_over_{label}_decode_{batch}": steps[f"{other}, {batch} rows"]
+        / steps[f"{ours}, {batch} rows"]
+        for other, ours, label in (
+            ("bf16", "int8", "bf16"),
+            ("bf16 in a CUDA graph", "int8 in a CUDA graph", "bf16_in_graphs"),
+            ("bnb-int8", "int8", "bnb"),
+        )
         for batch in BATCHES
-        if f"{other}, {batch} rows" in by_name
+        if f"{other}, {batch} rows" in steps
     }
     rows += product_rows(bytes_per_s)
     packages = ("torch", "triton", "transformers", "bitsandbytes")
