@@ -31,6 +31,7 @@ _CLIENT_COMMANDS: dict[str, Callable[[Subparsers], None]] = {
 _SERVER_COMMANDS = {
     "serve": "start a server: one gateway and one replica",
     "replica": "start one replica by itself",
+    "evaluate": "measure how well a model answers, for any setting",
 }
 
 

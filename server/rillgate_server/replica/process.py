@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from rillgate_server.worker.rank_executor import RankExecutor
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_loop import run_rank
 from rillgate_server.worker.rendezvous import RankPlace
+from rillgate_server.worker.weight_bytes import WeightBytes
 from rillgate_server.worker.worker import Worker, WorkerOptions, check_ranks, resolve_dtype
 
 _RELEASES = ("rillgate", "torch", "transformers")
@@ -65,30 +66,67 @@ def run_replica(settings: Settings, model_dir: Path) -> int:
         return _end_lost()
 
 
-def _serve(settings: Settings, model_dir: Path) -> int:
-    """Serve a model that is whole."""
-    device = find_device()
+@dataclass(frozen=True, slots=True)
+class ReadyModel:
+    """A model that is loaded, with its cache."""
+
+    executor: Worker | RankExecutor
+    """What carries out plans; to be closed."""
+    spec: ModelSpec
+    """As it is served: named, with the context of the settings."""
+    sizes: CacheSizes
+    weights: WeightBytes
+    """Of this process: of a split model, rank 0's."""
+
+
+def load_whole(settings: Settings, model_dir: Path, device: Device) -> ReadyModel:
+    """Load a model that is not split, and give it a cache."""
+    worker = _load_worker(settings, model_dir, device)
+    spec = _serving_spec(settings, worker.spec)
     find_free_memory = partial(free_memory, device, settings.replica.max_memory_bytes, 1)
-    with _loading() as loading:
-        worker = loading.submit(_load_worker, settings, model_dir, device).result()
-        spec = _serving_spec(settings, worker.spec)
-        sizes = loading.submit(_allocate_cache, settings, spec, worker, find_free_memory).result()
-    _freeze()
-    try:
-        return serve_engine(settings, spec, sizes, worker)
-    finally:
-        worker.close()
+    sizes = _allocate_cache(settings, spec, worker, find_free_memory)
+    return ReadyModel(worker, spec, sizes, worker.weights)
 
 
-def _run_split(settings: Settings, model_dir: Path, place: Place) -> int:
-    """Serve a split model as rank 0, or carry out its plans as another."""
+def load_leader(
+    settings: Settings, model_dir: Path, device: Device, group: RankGroup
+) -> ReadyModel:
+    """Load rank 0's part of a split model, wait for the others', and give all of it a cache."""
+    own = _find_free_memory(settings, device, group)
+    worker = _load_worker(settings, model_dir, device, group)
+    executor = RankExecutor(worker, group)
+    spec = _serving_spec(settings, worker.spec)
+    sizes = _allocate_cache(settings, spec, executor, partial(executor.least_free_memory, own))
+    # A block of the model has parts on all ranks.
+    sizes = replace(sizes, block_bytes=sizes.block_bytes * group.place.ranks)
+    return ReadyModel(executor, spec, sizes, worker.weights)
+
+
+def join_ranks(settings: Settings, model_dir: Path, place: Place, device: Device) -> RankGroup:
+    """Meet the other ranks of a split model, which must have the same settings."""
     check_ranks(model_dir, place.ranks)
-    device = find_device(place.local_rank)
-    group = RankGroup.join(
+    return RankGroup.join(
         RankPlace(place.rank, place.ranks, place.host, place.port, place.agent_attempt),
         _facts(settings, model_dir, place.ranks) | {"device type": device.type},
         device,
     )
+
+
+def _serve(settings: Settings, model_dir: Path) -> int:
+    """Serve a model that is whole."""
+    with _loading() as loading:
+        ready = loading.submit(load_whole, settings, model_dir, find_device()).result()
+    _freeze()
+    try:
+        return serve_engine(settings, ready.spec, ready.sizes, ready.executor)
+    finally:
+        ready.executor.close()
+
+
+def _run_split(settings: Settings, model_dir: Path, place: Place) -> int:
+    """Serve a split model as rank 0, or carry out its plans as another."""
+    device = find_device(place.local_rank)
+    group = join_ranks(settings, model_dir, place, device)
     try:
         run = _lead if place.rank == 0 else _follow
         return run(settings, model_dir, device, group)
@@ -99,20 +137,14 @@ def _run_split(settings: Settings, model_dir: Path, place: Place) -> int:
 
 
 def _lead(settings: Settings, model_dir: Path, device: Device, group: RankGroup) -> int:
-    own = _find_free_memory(settings, device, group)
     with _loading() as loading:
-        worker = loading.submit(_load_worker, settings, model_dir, device, group).result()
-        executor = RankExecutor(worker, group)
-        spec = _serving_spec(settings, worker.spec)
-        sizes = loading.submit(
-            _allocate_cache, settings, spec, executor, partial(executor.least_free_memory, own)
-        ).result()
+        ready = loading.submit(load_leader, settings, model_dir, device, group).result()
     _freeze()
+    executor = ready.executor
+    assert isinstance(executor, RankExecutor)
     replica = replace(settings.replica, tensor_parallel_size=group.place.ranks)
     settings = settings.model_copy(update={"replica": replica})
-    # A block of the model has parts on all ranks.
-    sizes = replace(sizes, block_bytes=sizes.block_bytes * group.place.ranks)
-    code = serve_engine(settings, spec, sizes, executor, executor.call_on_loss)
+    code = serve_engine(settings, ready.spec, ready.sizes, executor, executor.call_on_loss)
     if code == EXIT_ENGINE_FAILED:
         return _end_lost()
     executor.close()

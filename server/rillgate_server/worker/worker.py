@@ -38,6 +38,7 @@ from rillgate_server.worker.packed_linear import pack_linear_layers
 from rillgate_server.worker.quantization.int8 import Int8Linear
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.sharding import Sharding, check_split, connect_layers
+from rillgate_server.worker.weight_bytes import WeightBytes, measure_weights
 
 _log = logging.getLogger(__name__)
 
@@ -72,13 +73,19 @@ class Worker:
     """
 
     def __init__(
-        self, network: Network, spec: ModelSpec, layout: KVLayout, device: torch.device
+        self,
+        network: Network,
+        spec: ModelSpec,
+        layout: KVLayout,
+        device: torch.device,
+        weights: WeightBytes,
     ) -> None:
         """Use `load`."""
         self.device = device
         self.spec = spec
         self.layout = layout
         self.network = network
+        self.weights = weights
         self.num_pageable_host_blocks = 0
         """Of the host tier, where a GPU copies from it and its memory could not be pinned."""
         self._runner: ModelRunner | None = None
@@ -108,6 +115,7 @@ class Worker:
         store = _weight_store(options)
         if group is None:
             model = load_network(model_dir, _DTYPES[dtype], on_progress, store=store)
+            weights = measure_weights(model)
             kernels = load_kernels() if options.device == CPU else None
             network: Network
             if kernels is not None and can_compute(model):
@@ -121,6 +129,7 @@ class Worker:
             if store.device == CPU:  # which all ranks of the machine share
                 store = replace(store, free_bytes=store.free_bytes // group.num_local)
             model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, store)
+            weights = measure_weights(model)
             pack_linear_layers(model)
             connect_layers(model, sharding, group.collectives)
             network, ranks = TransformersNetwork(model, group.collectives), group.place.ranks
@@ -128,7 +137,7 @@ class Worker:
         shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
         layout = KVLayout.build(options.block_size_tokens, kv_dtype, shapes)
-        return cls(network, replace(spec, dtype=dtype), layout, options.device)
+        return cls(network, replace(spec, dtype=dtype), layout, options.device, weights)
 
     def allocate_cache(
         self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
