@@ -12,6 +12,7 @@ import torch
 
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
+from rillgate_server.core.quantization import Quantization
 from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
@@ -58,6 +59,15 @@ class WorkerOptions:
     """Where the network computes and its cache is."""
     quantization: str = NO_QUANTIZATION
     """Of the decoder's linear layers: `none` or `int8` (worker.quantization)."""
+    quantization_exclude: tuple[str, ...] = ()
+    """Patterns of the names of layers that stay as they are."""
+    quantization_include: tuple[str, ...] = ()
+    """What is quantised beside them: `embeddings`, `head`."""
+
+    @property
+    def weights(self) -> Quantization:
+        """How they are held."""
+        return Quantization(self.quantization, self.quantization_exclude, self.quantization_include)
 
 
 class Worker:
@@ -96,7 +106,7 @@ class Worker:
         does not divide.
         """
         return_freed_memory()
-        spec = read_model_spec(model_dir).with_quantization(options.quantization)
+        spec = read_model_spec(model_dir).with_quantization(options.weights.version)
         dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
@@ -172,7 +182,11 @@ def _weight_store(options: WorkerOptions) -> WeightStore:
             "CPUs int8, too)"
         )
     kernels = load_kernels()
-    return replace(store, quantize=lambda weight: Int8Linear(weight, kernels))
+    return replace(
+        store,
+        quantize=lambda weight: Int8Linear(weight, kernels),
+        quantization=options.weights,
+    )
 
 
 def check_ranks(model_dir: Path, ranks: int) -> None:
