@@ -4,6 +4,7 @@ The ranks are real processes; rank 0 is this one, under the real scheduler.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -81,11 +82,24 @@ def test_a_split_model_gets_the_tokens_of_generate(
             assert max(errors) < MAX_LOGPROB_ERROR
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("kind", "include"),
+    [
+        ("qwen2", ()),
+        ("deepseek_v3", ()),
+        ("qwen3", ("embeddings", "head")),
+        ("llama-tied", ("head",)),
+    ],
+)
 def test_a_split_of_int8_weights_is_as_near_the_exact_model_as_the_whole(
-    kind: str, pool: RankPool, checkpoint: MakeCheckpoint, reference: MakeReference
+    kind: str,
+    include: tuple[str, ...],
+    pool: RankPool,
+    checkpoint: MakeCheckpoint,
+    reference: MakeReference,
 ) -> None:
-    """Each rank's part of a row-wise layer has scales of its own: not equal, but no further off."""
+    """Each rank's part of a row-wise layer has scales of its own: not equal, but no further off.
+    A mixture's experts, and what is quantised on request, are split, too."""
     path, (_, expected) = checkpoint(kind), reference(kind)
     sampling = SamplingParams(seed=0, temperature=0.0, num_logprobs=VOCAB_SIZE)
 
@@ -99,8 +113,14 @@ def test_a_split_of_int8_weights_is_as_near_the_exact_model_as_the_whole(
             errors.append(torch.tensor([got[i] for i in range(VOCAB_SIZE)]) - exact)
         return float(torch.cat(errors).std())
 
-    options = WorkerOptions("float32", block_size_tokens=BLOCK_SIZE, quantization="int8")
+    options = WorkerOptions(
+        "float32",
+        block_size_tokens=BLOCK_SIZE,
+        quantization="int8",
+        quantization_include=include,
+    )
     whole = Worker.load(path, options)
     whole.allocate_cache(MANY_BLOCKS)
-    with split_model(pool, path, num_blocks=MANY_BLOCKS, quantization="int8") as split:
+    order: dict[str, Any] = {"quantization": "int8", "include": include}
+    with split_model(pool, path, num_blocks=MANY_BLOCKS, **order) as split:
         assert 0.0 < error_of(split.executor) < 1.2 * error_of(whole)

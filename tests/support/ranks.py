@@ -187,6 +187,7 @@ def _options(device: torch.device, order: Mapping[str, Any]) -> WorkerOptions:
         block_size_tokens=BLOCK_SIZE,
         device=device,
         quantization=order.get("quantization", "none"),
+        quantization_include=tuple(order.get("include", ())),
     )
 
 

@@ -16,6 +16,7 @@ MAX_SOCKET_PATH_BYTES = 100
 MAX_REPLICA_NAME_BYTES = 128
 """Of a replica's name."""
 QUANTIZATIONS = ("none", "int8")
+ALSO_QUANTIZED = ("embeddings", "head")
 ROUTING_POLICIES = ("prefix", "least-load", "round-robin", "weighted-least-connections")
 _MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 16, 1024
 
@@ -115,6 +116,14 @@ class ModelConfig:
     quantization: str = "none"
     """Of the layers' weights: none, or int8 (half of bfloat16's memory; the output head and the
     embedding stay as they are). All replicas and gateways of a model must have the same."""
+    quantization_exclude: tuple[str, ...] = ()
+    """Layers that stay as they are, by patterns of their names: `*.down_proj`, `model.layers.0.*`
+    (in the environment and in flags a JSON list). Each must match a layer. All replicas and
+    gateways of a model must have the same."""
+    quantization_include: tuple[str, ...] = ()
+    """What else is quantised: `embeddings`, `head` (in the environment and in flags a JSON list);
+    where both are one tensor, either means both. All replicas and gateways of a model must have the
+    same."""
     max_context_tokens: int = 0
     """Prompt and answer together, 0 to 16,777,216; 0: the checkpoint's own, which is also the most.
     Higher: longer conversations, and a larger cache at least: each tier must hold one of them."""
@@ -123,6 +132,15 @@ class ModelConfig:
         """Raise ConfigError for a value out of its range."""
         _check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _check_choice("model.quantization", self.quantization, QUANTIZATIONS)
+        for name in self.quantization_include:
+            _check_choice("model.quantization_include", name, ALSO_QUANTIZED)
+        for field_name in ("quantization_exclude", "quantization_include"):
+            if getattr(self, field_name) and self.quantization == "none":
+                raise ConfigError(
+                    f"model.{field_name} is {list(getattr(self, field_name))}, and "
+                    "model.quantization is none; allowed: none of it, or another "
+                    f"model.quantization ({', '.join(QUANTIZATIONS[1:])})"
+                )
         _check("model.max_context_tokens", self.max_context_tokens, 0, 1 << 24)
         if len(self.name.encode()) > MAX_MODEL_NAME_BYTES or "@" in self.name:
             raise ConfigError(

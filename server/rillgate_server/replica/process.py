@@ -18,6 +18,7 @@ from pathlib import Path
 from rillgate_server.config.settings import Settings
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
+from rillgate_server.core.quantization import Quantization
 from rillgate_server.core.release import release_of
 from rillgate_server.core.step_codec import STEP_FORMAT
 from rillgate_server.errors import RankLost, RillgateError
@@ -190,7 +191,7 @@ def _facts(settings: Settings, model_dir: Path, ranks: int) -> dict[str, str]:
         "step format": str(STEP_FORMAT),
         "model digest": spec.version_digest,
         "model.dtype": resolve_dtype(settings.model.dtype, spec.dtype),
-        "model.quantization": settings.model.quantization,
+        "model.quantization": Quantization.of(settings.model).version,
         "cache.kv_dtype": settings.cache.kv_dtype,
         "cache.block_size_tokens": str(settings.cache.block_size_tokens),
     }
@@ -228,6 +229,8 @@ def _load_worker(
         kv_dtype=settings.cache.kv_dtype,
         device=device,
         quantization=settings.model.quantization,
+        quantization_exclude=settings.model.quantization_exclude,
+        quantization_include=settings.model.quantization_include,
     )
     with loading_progress(sys.stdout, sys.stderr) as on_progress:
         worker = Worker.load(model_dir, options, on_progress, group)

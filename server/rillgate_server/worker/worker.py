@@ -12,6 +12,7 @@ import torch
 
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
+from rillgate_server.core.quantization import Quantization
 from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
@@ -64,6 +65,15 @@ class WorkerOptions:
     """Where the network computes and its cache is."""
     quantization: str = NO_QUANTIZATION
     """Of the decoder's linear layers: `none` or `int8` (worker.quantization)."""
+    quantization_exclude: tuple[str, ...] = ()
+    """Patterns of the names of layers that stay as they are."""
+    quantization_include: tuple[str, ...] = ()
+    """What is quantised beside them: `embeddings`, `head`."""
+
+    @property
+    def weights(self) -> Quantization:
+        """How they are held."""
+        return Quantization(self.quantization, self.quantization_exclude, self.quantization_include)
 
 
 class Worker:
@@ -108,7 +118,7 @@ class Worker:
         does not divide.
         """
         return_freed_memory()
-        spec = read_model_spec(model_dir).with_quantization(options.quantization)
+        spec = read_model_spec(model_dir).with_quantization(options.weights.version)
         dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
@@ -181,9 +191,14 @@ def _weight_store(options: WorkerOptions) -> WeightStore:
     if options.quantization == NO_QUANTIZATION:
         return store
     if options.device != CPU:
-        return replace(store, quantize=_quantize_on_gpu(options))
+        quantize = _quantize_on_gpu(options)
+        return replace(store, quantize=quantize, quantization=options.weights)
     kernels = load_kernels()
-    return replace(store, quantize=lambda weight: Int8Linear(weight, kernels))
+    return replace(
+        store,
+        quantize=lambda weight: Int8Linear(weight, kernels),
+        quantization=options.weights,
+    )
 
 
 def _quantize_on_gpu(options: WorkerOptions) -> QuantizeLinear:

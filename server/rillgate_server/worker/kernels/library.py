@@ -204,6 +204,13 @@ class Kernels:
         panels = packed.view(-1, groups, 64, 4).transpose(1, 2).reshape(-1, groups * 4)
         return (panels[:out_features, :in_features] ^ 0x80).contiguous().view(torch.int8)
 
+    def unpack_int8_rows(self, packed: Tensor, rows: Tensor, in_features: int) -> Tensor:
+        """Return some rows of what was packed, whose numbers are `rows`. [len(rows), in_features],
+        int8."""
+        panels = packed.view(-1, -(-in_features // 4), 64, 4)
+        found = panels[rows // 64, :, rows % 64].flatten(1)[:, :in_features]
+        return (found ^ 0x80).contiguous().view(torch.int8)
+
     def _pack(self, function: str, weight: Tensor, packed: Tensor) -> Tensor:
         weight = weight.contiguous()
         getattr(self._library, function)(weight.data_ptr(), *weight.shape, packed.data_ptr())

@@ -27,15 +27,26 @@ _HALF_PANEL = 32
 
 def can_compute(model: PreTrainedModel) -> bool:
     """Whether a loaded model is one of these: linear layers in INT8 or bf16, SiLU between them, and
-    rotary angles for every dimension of a head."""
+    rotary angles for every dimension of a head. Layers that are joined must be of one kind."""
     config = model.config
     decoder: Any = model.get_decoder()
-    layer = decoder.layers[0]
-    is_packable = isinstance(layer.self_attn.q_proj, Int8Linear) or model.dtype == torch.bfloat16
-    if config.model_type not in _MODEL_TYPES or config.hidden_act != "silu" or not is_packable:
+    if config.model_type not in _MODEL_TYPES or config.hidden_act != "silu":
+        return False
+    if not all(map(_is_packable, decoder.layers)):
         return False
     # The kernel rotates whole heads.
-    return bool(2 * len(decoder.rotary_emb.inv_freq) == layer.self_attn.head_dim)
+    return bool(2 * len(decoder.rotary_emb.inv_freq) == decoder.layers[0].self_attn.head_dim)
+
+
+def _is_packable(layer: Any) -> bool:  # a module of transformers
+    attention, mlp = layer.self_attn, layer.mlp
+    joined = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+    groups = (*joined, (attention.o_proj,), (mlp.down_proj,))
+    return all(
+        all(isinstance(it, Int8Linear) for it in group)
+        or all(type(it) is nn.Linear and it.weight.dtype == torch.bfloat16 for it in group)
+        for group in groups
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +204,9 @@ class DenseDecoder:
     def _packed_head(self) -> "_PackedLinear | None":
         """Pack the output head, in bf16; beside an embedding that it is tied to, a small one."""
         head: Any = self.model.get_output_embeddings()
-        is_tied = head.weight is self._decoder.embed_tokens.weight
+        if isinstance(head, Int8Linear):
+            return None  # it packed itself
+        is_tied = head.weight is getattr(self._decoder.embed_tokens, "weight", None)
         is_large = head.weight.nbytes > MAX_SECOND_COPY_BYTES
         if self.model.dtype != torch.bfloat16 or (is_tied and is_large):
             return None

@@ -76,6 +76,15 @@ class Int8Linear(nn.Module):
             y = self._kernels.linear(Linear.of(self.weight, self.scales, self.bias, size), rows)
         return y.view(*x.shape[:-1], -1)
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return rows of the weight, as exact as they are kept. [len(indices), in_features],
+        float32."""
+        if self._kernels is None:
+            found = self.weight[indices]
+        else:
+            found = self._kernels.unpack_int8_rows(self.weight, indices, self.in_features)
+        return found * self.scales[indices, None]
+
     def plain_weight(self) -> Tensor:
         """Return the weight unpacked. [out_features, in_features], int8."""
         if self._kernels is None:

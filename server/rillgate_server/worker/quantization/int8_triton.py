@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
-from rillgate_server.worker.quantization.int8 import quantize_weight
+from rillgate_server.worker.quantization.int8 import Int8Linear
 
 _ROUNDS_EVEN = tl.constexpr(12582912.0)
 """1.5 * 2^23: added and taken away it rounds a small float32 half to even."""
@@ -166,23 +166,14 @@ def linear_int8_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor |
     return y
 
 
-class TritonInt8Linear(nn.Module):
-    """`nn.Linear` with its weight in INT8, on a GPU. State: none."""
+class TritonInt8Linear(Int8Linear):
+    """An Int8Linear on a GPU. State: none."""
 
     def __init__(self, weight: Tensor) -> None:
         """Quantise `weight`, which is not kept."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight, self.scales = quantize_weight(weight)
-        """[out_features, in_features], int8, and [out_features], float32."""
-        self.bias: nn.Parameter | None = None
-        """[out_features], float32."""
+        super().__init__(weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b. x: [..., in_features]; the result in x's type."""
         y = linear_int8_triton(x.flatten(0, -2), self.weight, self.scales, self.bias)
         return y.view(*x.shape[:-1], -1)
-
-    def extra_repr(self) -> str:
-        """Show the shape, as nn.Linear does."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, int8"
