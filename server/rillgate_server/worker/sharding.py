@@ -173,6 +173,7 @@ class VocabularyEmbedding(nn.Embedding):
         """Take over the weight: [rows of this rank, hidden_size]."""
         num_rows, hidden_size = embedding.weight.shape
         super().__init__(num_rows, hidden_size, _weight=embedding.weight, _freeze=True)
+        self.weight = embedding.weight  # the very object, by which a tied head is known
         self._collectives = collectives
         self._first = collectives.rank * len(embedding.weight)
 
@@ -184,11 +185,15 @@ class VocabularyEmbedding(nn.Embedding):
         return self._collectives.all_reduce(found.masked_fill_(is_other[..., None], 0.0))
 
 
-def connect_layers(model: PreTrainedModel, sharding: Sharding, collectives: Collectives) -> None:
-    """Put the sums over ranks into a model whose weights are one rank's parts, packed or not."""
+def connect_embedding(model: PreTrainedModel, collectives: Collectives) -> None:
+    """Let a model whose embedding is one rank's rows look tokens up on all ranks."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     model.set_input_embeddings(VocabularyEmbedding(embedding, collectives))
+
+
+def connect_layers(model: PreTrainedModel, sharding: Sharding, collectives: Collectives) -> None:
+    """Put the sums over ranks into a model whose weights are one rank's parts, packed or not."""
 
     def add_up(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
         return collectives.all_reduce(output.contiguous())
