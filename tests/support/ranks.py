@@ -182,7 +182,7 @@ def split_model(
 
 def _options(device: torch.device, order: Mapping[str, Any]) -> WorkerOptions:
     return WorkerOptions(
-        "float32",
+        order.get("dtype", "float32"),
         num_threads=1,
         block_size_tokens=BLOCK_SIZE,
         device=device,

@@ -1,9 +1,11 @@
 """The C++ layers in bf16: as near to the exact model as transformers' modules, in any batch."""
 
+import ctypes
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from rillgate_server.worker import worker as worker_module
 from rillgate_server.worker.attention import sdpa
@@ -77,3 +79,40 @@ def test_a_request_gets_the_same_alone_and_in_a_batch(
         worker.allocate_cache(NUM_BLOCKS)
         alone = run_alone(worker, prompt)
         assert (alone.tokens, alone.logprobs) == (job.tokens, job.logprobs)
+
+
+@pytest.mark.parametrize("num_rows", [255, 256, 257, 600])
+def test_many_rows_go_through_a_layer_in_parts_that_nobody_sees(
+    num_rows: int, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gets, bit for bit, what it gets alone."""
+    kernels = load_kernels()
+    assert kernels is not None
+    network = bf16_worker(checkpoint("qwen3"), kernels, monkeypatch).network
+    assert isinstance(network, DenseDecoder)
+    torch.manual_seed(0)
+    all_rows = torch.randn(num_rows, network.model.config.hidden_size)
+    angles = torch.randn(2, num_rows, network.model.config.head_dim)
+    together = through_a_layer(network, kernels, all_rows, angles)
+    for row in (0, 254, num_rows - 1):
+        own = slice(row, row + 1)
+        alone = through_a_layer(network, kernels, all_rows[own], angles[:, own])
+        for got, expected in zip(together, alone, strict=True):
+            assert torch.equal(got[..., own, :], expected)
+
+
+def through_a_layer(
+    network: DenseDecoder, kernels: Kernels, x: Tensor, angles: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the first layer's queries, keys, values, and what its MLP makes of x."""
+    shape, layer = (ctypes.byref(it) for it in (network._shape, network._layers[0].struct))
+    num_heads, num_kv_heads, dim = network._heads
+    query, key, value = into = tuple(
+        torch.empty(heads, len(x), dim, dtype=torch.bfloat16)
+        for heads in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    cosines, sines = angles.contiguous()
+    kernels.into_attention(shape, layer, x, (cosines, sines), (query, key, value))
+    sums = torch.zeros_like(x)
+    kernels.add_mlp(shape, layer, x, sums)
+    return (*into, sums)

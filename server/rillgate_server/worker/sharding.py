@@ -177,6 +177,12 @@ class VocabularyEmbedding(nn.Module):
         self._collectives = collectives
         self._first = collectives.rank * num_rows
 
+    @property
+    def weight(self) -> Tensor | None:
+        """The rows, by which a tied head is known; None where they are quantised."""
+        weight: Tensor | None = getattr(self.embedding, "weight", None)
+        return weight
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Look tokens up on all ranks. Returns [..., hidden_size]; all other ranks add zeros."""
         rows = tokens - self._first
@@ -185,12 +191,16 @@ class VocabularyEmbedding(nn.Module):
         return self._collectives.all_reduce(found.masked_fill_(is_other[..., None], 0.0))
 
 
-def connect_layers(model: PreTrainedModel, sharding: Sharding, collectives: Collectives) -> None:
-    """Put the sums over ranks into a model whose weights are one rank's parts, packed or not."""
+def connect_embedding(model: PreTrainedModel, collectives: Collectives) -> None:
+    """Let a model whose embedding is one rank's rows look tokens up on all ranks."""
     embedding: Any = model.get_input_embeddings()
     is_plain = isinstance(embedding, nn.Embedding)  # whose num_embeddings is the config's
     num_rows = len(embedding.weight) if is_plain else embedding.num_embeddings
     model.set_input_embeddings(VocabularyEmbedding(embedding, num_rows, collectives))
+
+
+def connect_layers(model: PreTrainedModel, sharding: Sharding, collectives: Collectives) -> None:
+    """Put the sums over ranks into a model whose weights are one rank's parts, packed or not."""
 
     def add_up(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
         return collectives.all_reduce(output.contiguous())

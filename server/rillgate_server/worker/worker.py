@@ -38,7 +38,12 @@ from rillgate_server.worker.network.transformers_network import (
 from rillgate_server.worker.packed_linear import pack_linear_layers
 from rillgate_server.worker.quantization.int8 import Int8Linear
 from rillgate_server.worker.rank_group import RankGroup
-from rillgate_server.worker.sharding import Sharding, check_split, connect_layers
+from rillgate_server.worker.sharding import (
+    Sharding,
+    check_split,
+    connect_embedding,
+    connect_layers,
+)
 from rillgate_server.worker.weight_bytes import WeightBytes, measure_weights
 
 _log = logging.getLogger(__name__)
@@ -123,26 +128,25 @@ class Worker:
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         store = _weight_store(options)
-        if group is None:
-            model = load_network(model_dir, _DTYPES[dtype], on_progress, store=store)
-            weights = measure_weights(model)
-            kernels = load_kernels() if options.device == CPU else None
-            network: Network
-            if kernels is not None and can_compute(model):
-                network = DenseDecoder(model, kernels)
-            else:
-                pack_linear_layers(model)
-                network = TransformersNetwork(model)
-            ranks = 1
-        else:
-            sharding = Sharding(load_config(model_dir), group.place.rank, group.place.ranks)
+        sharding, collectives, ranks = None, None, 1
+        if group is not None:
+            collectives, ranks = group.collectives, group.place.ranks
+            sharding = Sharding(load_config(model_dir), group.place.rank, ranks)
             if store.device == CPU:  # which all ranks of the machine share
                 store = replace(store, free_bytes=store.free_bytes // group.num_local)
-            model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, store)
-            weights = measure_weights(model)
+        model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, store)
+        weights = measure_weights(model)
+        if collectives is not None:
+            connect_embedding(model, collectives)
+        kernels = load_kernels() if options.device == CPU else None
+        network: Network
+        if kernels is not None and can_compute(model):
+            network = DenseDecoder(model, kernels, collectives)
+        else:
             pack_linear_layers(model)
-            connect_layers(model, sharding, group.collectives)
-            network, ranks = TransformersNetwork(model, group.collectives), group.place.ranks
+            if sharding is not None and collectives is not None:
+                connect_layers(model, sharding, collectives)
+            network = TransformersNetwork(model, collectives)
         keep_freed_memory()
         shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype

@@ -28,7 +28,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         (_POINTER, _POINTER, _POINTER, _INT, *(_POINTER,) * 5, _THREADS),
     ),
     **dict.fromkeys(
-        ("rg_after_attention_f32", "rg_after_attention_bf16"),
+        ("rg_add_attention_f32", "rg_add_attention_bf16", "rg_add_mlp"),
         (*(_POINTER,) * 4, _INT, _THREADS),
     ),
 }
@@ -177,12 +177,24 @@ class Kernels:
             shape, layer, x.data_ptr(), len(x), *addresses, torch.get_num_threads()
         )
 
-    def after_attention(self, shape: object, layer: object, attended: Tensor, x: Tensor) -> None:
-        """Add the rest of a layer to x, in place. attended: [num_rows, heads, head_dim]."""
+    def add_attention(self, shape: object, layer: object, attended: Tensor, sums: Tensor) -> None:
+        """Add a layer's output product to sums, [num_rows, hidden_size], float32.
+
+        attended: [num_rows, heads, head_dim].
+        """
         is_bf16 = attended.dtype == torch.bfloat16
-        name = "rg_after_attention_bf16" if is_bf16 else "rg_after_attention_f32"
+        name = "rg_add_attention_bf16" if is_bf16 else "rg_add_attention_f32"
         getattr(self._library, name)(
-            shape, layer, attended.data_ptr(), x.data_ptr(), len(x), torch.get_num_threads()
+            shape, layer, attended.data_ptr(), sums.data_ptr(), len(sums), torch.get_num_threads()
+        )
+
+    def add_mlp(self, shape: object, layer: object, x: Tensor, sums: Tensor) -> None:
+        """Add what a layer makes of x behind its attention to sums, which may be x itself.
+
+        x, sums: [num_rows, hidden_size], float32.
+        """
+        self._library.rg_add_mlp(
+            shape, layer, x.data_ptr(), sums.data_ptr(), len(x), torch.get_num_threads()
         )
 
     def attend_decode(
