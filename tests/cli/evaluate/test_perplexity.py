@@ -100,7 +100,5 @@ def test_a_window_that_failed_gives_no_number() -> None:
 
 def test_a_text_without_two_tokens_is_refused() -> None:
     """There is nothing that the first token could be predicted from."""
-    with pytest.raises(
-        ConfigError, match="FILE has 1 tokens, and the context 8; allowed: at"
-    ):
+    with pytest.raises(ConfigError, match="FILE has 1 tokens, and the context 8; allowed: at"):
         window_requests([5], 8, "FILE")
