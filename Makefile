@@ -12,10 +12,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(SETUP_DONE) $(KERNELS)/kernels.so ## make .venv with everything pinned, and the C++ kernels (TORCH_INDEX=URL takes torch from another index)
+setup: $(SETUP_DONE) $(KERNELS)/kernels-avx2.so ## make .venv with everything pinned, and the C++ kernels (TORCH_INDEX=URL takes torch from another index)
 $(SETUP_DONE): pyproject.toml constraints.txt package.json package-lock.json tools/setup.sh
 	@tools/setup.sh "$(PYTHON)" "$(TORCH_INDEX)" && touch $@
-$(KERNELS)/kernels.so: $(SETUP_DONE) $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h $(KERNELS)/build.py)
+$(KERNELS)/kernels-avx2.so: $(SETUP_DONE) $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h $(KERNELS)/build.py)
 	@$(BIN)/python -m rillgate_server.worker.kernels.build
 
 demo: setup ## serve the bundled model, stream an answer, show the numbers, stop

@@ -79,7 +79,8 @@ class SdpaAttention:
         windows = {layer.window_tokens for layer in storage.layout.layers}
         self._device = storage.bytes.device
         is_paged = dtype == torch.bfloat16 and can_attend(storage.layout, self._device)
-        self._kernels = load_kernels() if is_paged else None
+        kernels = load_kernels() if is_paged else None
+        self._kernels = kernels if kernels is not None and kernels.has_attention else None
         self._masks = {window: DistanceMasks(window, dtype, self._device) for window in windows}
 
     def prepare(self, step: PackedStep) -> AttentionStep:

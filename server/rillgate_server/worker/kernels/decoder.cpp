@@ -49,35 +49,31 @@ Scratch& scratch() {
 
 // Root mean square norm: y = x / sqrt(mean(x^2) + epsilon) * weight.
 void norm_row(const float* x, const float* weight, int64_t size, float epsilon, float* y) {
-  __m512 total = _mm512_setzero_ps();
+  Floats squares = zeros();
   for (int64_t i = 0; i < size; i += 16) {
-    __m512 part = load16(x + i, lanes(size - i));
-    total = _mm512_fmadd_ps(part, part, total);
+    Floats part = load16(x + i, lanes(size - i));
+    squares = fused(part, part, squares);
   }
-  float factor = 1.0f / std::sqrt(_mm512_reduce_add_ps(total) / size + epsilon);
+  Floats factor = spread(1.0f / std::sqrt(total(squares) / size + epsilon));
   for (int64_t i = 0; i < size; i += 16) {
-    __mmask16 mask = lanes(size - i);
-    __m512 scaled = _mm512_mul_ps(load16(x + i, mask), _mm512_set1_ps(factor));
-    store16(y + i, _mm512_mul_ps(scaled, load16(weight + i, mask)), mask);
+    Mask mask = lanes(size - i);
+    store16(y + i, load16(x + i, mask) * factor * load16(weight + i, mask), mask);
   }
 }
 
-__m512 silu16(__m512 x) {
-  __m512 inverse = _mm512_add_ps(_mm512_set1_ps(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x)));
-  return _mm512_div_ps(x, inverse);
-}
+Floats silu16(Floats x) { return x / (spread(1.0f) + exp16(zeros() - x)); }
 
 // Rotate the halves of a head: x cos + (-x2, x1) sin. cosines, sines: [head_dim] of the position.
 template <typename T>
 void rotate_head(const float* x, const float* cosines, const float* sines, int64_t dim, T* y) {
-  for (int64_t i = 0; i < dim; ++i) {
-    float other = i < dim / 2 ? -x[i + dim / 2] : x[i - dim / 2];
-    float value = x[i] * cosines[i] + other * sines[i];
-    if constexpr (std::is_same_v<T, float>) {
-      y[i] = value;
-    } else {
-      store16(y + i, _mm512_set1_ps(value), 1);
-    }
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    Mask mask = lanes(half - i);
+    Floats first = load16(x + i, mask), second = load16(x + half + i, mask);
+    Floats one = first * load16(cosines + i, mask) - second * load16(sines + i, mask);
+    Floats other = second * load16(cosines + half + i, mask) + first * load16(sines + half + i, mask);
+    store16(y + i, one, mask);
+    store16(y + half + i, other, mask);
   }
 }
 
@@ -103,8 +99,8 @@ void into_attention(const RgShape& shape, const RgLayer& layer, const float* x, 
         own.rows.set(layer.qkv, row, normed);
       }
 #pragma omp barrier
-      product(layer.qkv, own.rows, count, [&](int64_t row, int64_t channel, const __m512* found) {
-        for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(wide + row * n + channel + v * 16, found[v]);
+      product(layer.qkv, own.rows, count, [&](int64_t row, int64_t channel, const Floats* found) {
+        for (int v = 0; v < kVectors; ++v) store16(wide + row * n + channel + v * 16, found[v], lanes(16));
       });
 #pragma omp barrier
       Range parts = own_part(count * heads);  // a head of a row each
@@ -131,11 +127,11 @@ void into_attention(const RgShape& shape, const RgLayer& layer, const float* x, 
 
 // Adds a product's panels to sums [m, hidden].
 auto adder(float* sums, int64_t hidden) {
-  return [=](int64_t row, int64_t channel, const __m512* found) {
+  return [=](int64_t row, int64_t channel, const Floats* found) {
     for (int v = 0; v < kVectors; ++v) {
-      __mmask16 mask = lanes(hidden - channel - v * 16);
+      Mask mask = lanes(hidden - channel - v * 16);
       float* to = sums + row * hidden + channel + v * 16;
-      store16(to, _mm512_add_ps(load16(to, mask), found[v]), mask);
+      store16(to, load16(to, mask) + found[v], mask);
     }
   };
 }
@@ -176,10 +172,10 @@ void add_mlp(const RgShape& shape, const RgLayer& layer, const float* x, float* 
         first.set(layer.gate_up, row, normed);
       }
 #pragma omp barrier
-      product(layer.gate_up, first, count, [&](int64_t row, int64_t channel, const __m512* found) {
+      product(layer.gate_up, first, count, [&](int64_t row, int64_t channel, const Floats* found) {
         for (int v = 0; v < 2; ++v) {
           int64_t at = channel / 2 + v * 16;
-          store16(wide + row * inner + at, _mm512_mul_ps(silu16(found[v]), found[v + 2]), lanes(inner - at));
+          store16(wide + row * inner + at, silu16(found[v]) * found[v + 2], lanes(inner - at));
         }
       });
 #pragma omp barrier
