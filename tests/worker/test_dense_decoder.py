@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rillgate_server.worker import worker as worker_module
-from rillgate_server.worker.attention import sdpa
+from rillgate_server.worker.attention import choice
 from rillgate_server.worker.kernels.build import LEVELS
 from rillgate_server.worker.kernels.library import Kernels, load_kernels
 from rillgate_server.worker.network.dense_decoder import DenseDecoder
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ kernels h
 
 def bf16_worker(path: Path, kernels: Kernels | None, patch: pytest.MonkeyPatch) -> Worker:
     """Load a checkpoint in bf16 with kernels, or as where there are none."""
-    for module in (worker_module, sdpa):
+    for module in (worker_module, choice):
         patch.setattr(module, "load_kernels", lambda: kernels)
     return load_worker(path, "bfloat16")
 

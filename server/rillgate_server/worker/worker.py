@@ -17,7 +17,7 @@ from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
 from rillgate_server.worker.allocator import keep_freed_memory, return_freed_memory
-from rillgate_server.worker.attention.sdpa import SdpaAttention
+from rillgate_server.worker.attention.choice import make_attention
 from rillgate_server.worker.compute_device import CPU, free_bytes
 from rillgate_server.worker.kernels.library import load_kernels
 from rillgate_server.worker.kv_tiers import reserve_tiers
@@ -165,7 +165,7 @@ class Worker:
         self.num_pageable_host_blocks = tiers.host.num_pageable_blocks
         self._runner = ModelRunner(
             self.network,
-            SdpaAttention(tiers.device, _DTYPES[self.spec.dtype]),
+            make_attention(tiers.device, _DTYPES[self.spec.dtype]),
             tiers.device,
             KVTransfer(tiers, audit=audit),
             self.spec.vocab_size,

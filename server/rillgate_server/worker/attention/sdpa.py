@@ -19,8 +19,6 @@ from torch import Tensor
 from rillgate_server.core.model_spec import INT8
 from rillgate_server.worker.attention.base import AttentionStep, PackedRow, PackedStep
 from rillgate_server.worker.attention.chunk import DistanceMasks, attend_chunk, widened
-from rillgate_server.worker.attention.paged_decode import PagedDecode, can_attend
-from rillgate_server.worker.kernels.library import load_kernels
 from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.layer_cache import LayerCache
 
@@ -62,8 +60,6 @@ class _WindowPlan:
     window: int | None
     masks: DistanceMasks
     decode_groups: tuple[_DecodeGroup, ...]
-    paged: PagedDecode | None
-    """Instead of groups, where there are kernels."""
     chunks: tuple[_Chunk, ...]
 
 
@@ -78,9 +74,6 @@ class SdpaAttention:
         self._storage = storage
         windows = {layer.window_tokens for layer in storage.layout.layers}
         self._device = storage.bytes.device
-        is_paged = dtype == torch.bfloat16 and can_attend(storage.layout, self._device)
-        kernels = load_kernels() if is_paged else None
-        self._kernels = kernels if kernels is not None and kernels.has_attention else None
         self._masks = {window: DistanceMasks(window, dtype, self._device) for window in windows}
 
     def prepare(self, step: PackedStep) -> AttentionStep:
@@ -93,12 +86,6 @@ class SdpaAttention:
     def _plan_window(self, step: PackedStep, window: int | None) -> _WindowPlan:
         decode_rows = [row for row in step.rows if row.num_tokens == 1]
         block_size = self._storage.layout.block_size_tokens
-        chunks = self._plan_chunks(step, window)
-        if self._kernels is not None:
-            paged = PagedDecode(self._kernels, decode_rows, window, block_size)
-            return _WindowPlan(
-                window, self._masks[window], (), paged if decode_rows else None, chunks
-            )
         all_decode = len(decode_rows) == len(step.rows)
         groups = _group_by_length(decode_rows, block_size, window)
         return _WindowPlan(
@@ -108,12 +95,8 @@ class SdpaAttention:
                 self._plan_decode(rows, window, in_order=all_decode and len(groups) == 1)
                 for rows in groups
             ),
-            None,
-            chunks,
+            tuple(self._plan_chunk(row, window) for row in step.rows if row.num_tokens > 1),
         )
-
-    def _plan_chunks(self, step: PackedStep, window: int | None) -> tuple[_Chunk, ...]:
-        return tuple(self._plan_chunk(row, window) for row in step.rows if row.num_tokens > 1)
 
     def _plan_decode(
         self, rows: Sequence[PackedRow], window: int | None, *, in_order: bool
@@ -174,8 +157,6 @@ class _SdpaStep:
         if not plan.chunks and len(plan.decode_groups) == 1:
             return _decode(cache, plan.decode_groups[0], query, scaling)
         output = query.new_empty(num_tokens, num_heads, value.shape[-1])
-        if plan.paged is not None:
-            plan.paged.attend(cache, query, scaling, output)
         for group in plan.decode_groups:
             output[group.offsets] = _decode(cache, group, query, scaling)
         for chunk in plan.chunks:

@@ -1,30 +1,30 @@
-// Attention of decode rows (one token each) over block tables, keys and values in bf16.
+// Attention of a step's rows over block tables, bf16 queries, keys and values in bf16 or int8: flash attention's method
+// (Dao, https://arxiv.org/abs/2307.08691) over tiles of 64 tokens. Stores the step's keys and values first.
 //
-// Each row and head of keys is worked on alone, in an order that only its context decides: what else is in the batch
-// changes no bit. Scores and sums are float32, products exact (Q K^T by dot products of pairs, as in packed_gemm.h).
+//     position   | 0 .. 63 | 64 .. 127 |  ...  | 1024 .. |        tiles lie at the same positions for every token
+//     split      | 0                           | 1                 each sums on its own; then they are added in order
+//
+// So a token's numbers hang on its own context alone: not on what else is in the batch, on how its prompt was cut, on
+// whether it is decoded or verified beside drafts, nor on the number of threads. Scores and sums are float32; weights
+// are rounded to bf16, and it is the rounded ones that are divided by their sum. int8 is taken as it is: a key's scale
+// goes into the score, a value's into the weight.
 
-#include "packed_gemm.h"
+#include "attention_tiles.h"
 
 using namespace rillgate;
 
 extern "C" {
 
-struct RgHeads {
-  int64_t heads, kv_heads, key_dim, value_dim;  // dims of a head: multiples of 32 and of 16
-  float scale;
+// What the step brings: [kv_heads, num_tokens, dim] in bf16, and where each token goes.
+struct RgNewTokens {
+  const bf16 *keys, *values;
+  const int64_t *blocks, *offsets;
+  int64_t num_tokens;
 };
 
-// One layer's cache: blocks of [block_size, kv_heads, dim], `stride` elements apart.
-struct RgCache {
-  const bf16* keys;
-  const bf16* values;
-  int64_t key_stride, value_stride, block_size;
-};
-
-// The rows of a step: which token of it, at which position, over which blocks, seeing how far back (0: all).
-struct RgDecodeRows {
-  const int64_t* offsets;
-  const int64_t* positions;
+// The rows of a step: which tokens of it, at which positions, over which blocks, seeing how far back (0: all).
+struct RgRows {
+  const int64_t *offsets, *starts, *counts;
   const int64_t* const* tables;
   int64_t num_rows, window;
 };
@@ -33,164 +33,351 @@ struct RgDecodeRows {
 namespace rillgate {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int64_t kSplit = 1024;    // tokens
+constexpr int64_t kQueryRows = 96;  // of a query tile, about: what is kept for them stays in the second-level cache
 
-// From 16 rows of 16 to 16 columns of 16.
-void transpose16(__m512i (&r)[kLanes]) {
-  __m512i t[kLanes];
-  for (int i = 0; i < kLanes; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < kLanes; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
+// 2^x to about one unit in the last place (Cephes' polynomial), 0 below -150, and NaN for NaN.
+__m512 power16(__m512 x) {
+  __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // its second operand where that is NaN
+  __m512 n = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_sub_ps(bounded, n);
+  __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
+  for (float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
 }
 
-struct Context {
-  const int64_t* table;
-  int64_t first, count, block_size;
+float power(float x) { return _mm512_cvtss_f32(power16(_mm512_set1_ps(x))); }
 
-  // Where a token's vectors lie, in elements from the cache's begin.
-  int64_t place(int64_t token, int64_t stride, int64_t size) const {
-    int64_t at = first + token;
-    return table[at / block_size] * stride + at % block_size * size;
+// Memory that grows and stays, at cache lines.
+struct Buffer {
+  std::vector<char> bytes;
+
+  char* reserve(size_t size) {
+    if (bytes.size() < size + 64) bytes.resize(size + 64);
+    return (char*)(((uintptr_t)bytes.data() + 63) / 64 * 64);
   }
 };
 
-// scores[group][token] = q . k, for the `group` queries of a head of keys.
-void score(const RgHeads& shape, const RgCache& cache, const Context& context, int64_t kv_head, const bf16* queries,
-           int64_t query_stride, int64_t group, float* scores, int64_t padded) {
-  const int64_t size = shape.kv_heads * shape.key_dim;
-  std::memset(scores, 0, group * padded * sizeof(float));
-  for (int64_t token = 0; token < padded; token += kLanes) {
-    const bf16* keys[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      int64_t known = std::min(token + i, context.count - 1);  // past the end: the last one, which is masked later
-      keys[i] = cache.keys + context.place(known, cache.key_stride, size) + kv_head * shape.key_dim;
+// Rows' sums over a part of their context: largest score (times log2 e), sum of weights, weighted values.
+struct Sums {
+  float *largest, *total, *values;
+
+  static int64_t size(int64_t rows, int64_t value_dim) { return rows * (value_dim + 2); }
+  static Sums at(float* memory, int64_t rows, int64_t value_dim) {
+    return {memory + rows * value_dim, memory + rows * (value_dim + 1), memory};
+  }
+};
+
+// Query rows of one head of keys: `count` tokens from position `start` on, each with the group's heads.
+struct Queries {
+  const bf16* rows;  // [count * group, key_dim]
+  int64_t start, count, group, window;
+
+  int64_t first_seen(int64_t token) const { return window ? std::max<int64_t>(0, start + token - window + 1) : 0; }
+  int64_t num_rows() const { return count * group; }
+};
+
+struct Work {
+  const RgHeads& heads;
+  const RgCache& cache;
+  bf16 *keys, *values;  // panels
+  const void* zeros;
+  float* lanes_of_totals;  // [rows, 16]
+};
+
+// One tile: its position and who sees how much of it.
+struct Tile {
+  int64_t begin;
+  int vectors;
+  alignas(64) float key_scales[kTile], value_scales[kTile];
+};
+
+// Weights of `Rows` rows from `row` on, [Rows, 64] in bf16; sums so far are brought to the new largest score.
+template <bool Scaled, int Rows, int Vectors>
+void weigh(const Work& work, const Queries& queries, const Tile& tile, int64_t row, const Sums& sums, bf16* weights) {
+  const int64_t key_dim = work.heads.key_dim, value_dim = work.heads.value_dim;
+  __m512 scores[Rows][Vectors];
+  multiply<Rows, Vectors>(work.keys, queries.rows + row * key_dim, key_dim, key_dim / 2, scores);
+  const __m512 factor = _mm512_set1_ps(work.heads.scale * 1.44269504f);
+  for (int r = 0; r < Rows; ++r) {
+    int64_t token = (row + r) / queries.group, last = queries.start + token - tile.begin;
+    int64_t first = queries.first_seen(token) - tile.begin;
+    __m512 found = _mm512_set1_ps(-INFINITY);
+    for (int v = 0; v < Vectors; ++v) {
+      __m512& score = scores[r][v];
+      if constexpr (Scaled) score = _mm512_mul_ps(score, _mm512_load_ps(tile.key_scales + v * kLanes));
+      if (first > 0 || last < kTile - 1) {
+        __mmask16 seen = lanes(last + 1 - v * kLanes) & ~lanes(first - v * kLanes);
+        score = _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), score);
+      }
+      found = _mm512_max_ps(found, score);
     }
-    for (int64_t dim = 0; dim < shape.key_dim; dim += 32) {
-      __m512i pairs[kLanes];
-      for (int i = 0; i < kLanes; ++i) pairs[i] = _mm512_loadu_si512(keys[i] + dim);
-      transpose16(pairs);
-      for (int64_t g = 0; g < group; ++g) {
-        float* to = scores + g * padded + token;
-        __m512 sum = _mm512_loadu_ps(to);
-        const bf16* query = queries + g * query_stride + dim;
-        for (int i = 0; i < kLanes; ++i) {
-          int32_t two;
-          std::memcpy(&two, query + 2 * i, 4);
-          sum = _mm512_dpbf16_ps(sum, (__m512bh)pairs[i], (__m512bh)_mm512_set1_epi32(two));
+    float before = sums.largest[row + r];
+    float largest = std::max(before, _mm512_reduce_max_ps(found) * work.heads.scale * 1.44269504f);
+    __m512 part[4];
+    for (auto& sum : part) sum = _mm512_setzero_ps();
+    for (int v = 0; v < Vectors; ++v) {
+      __m512 weight = power16(_mm512_fmsub_ps(scores[r][v], factor, _mm512_set1_ps(largest)));
+      __m512 used = weight;
+      if constexpr (Scaled) used = _mm512_mul_ps(weight, _mm512_load_ps(tile.value_scales + v * kLanes));
+      _mm256_storeu_si256((__m256i*)(weights + r * kTile + v * kLanes), (__m256i)_mm512_cvtneps_pbh(used));
+      part[v] = Scaled ? weight : load16(weights + r * kTile + v * kLanes);
+    }
+    float* of_total = work.lanes_of_totals + (row + r) * kLanes;
+    __m512 total = _mm512_load_ps(of_total);
+    if (largest != before) {
+      float shrunk = power(before - largest);
+      float* values = sums.values + (row + r) * value_dim;
+      total = _mm512_mul_ps(total, _mm512_set1_ps(shrunk));
+      for (int64_t dim = 0; dim < value_dim; dim += 16)
+        _mm512_storeu_ps(values + dim, _mm512_mul_ps(_mm512_loadu_ps(values + dim), _mm512_set1_ps(shrunk)));
+      sums.largest[row + r] = largest;
+    }
+    __m512 added = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
+    _mm512_store_ps(of_total, _mm512_add_ps(total, added));
+  }
+}
+
+// Add the tile's weighted values.
+template <int Rows>
+void add_values(const Work& work, const Tile& tile, const bf16* weights, float* values) {
+  const int64_t value_dim = work.heads.value_dim;
+  for (int64_t dim = 0; dim < value_dim; dim += kPanel) {
+    as_constant<kVectors>((value_dim - dim) / kLanes, [&](auto vectors) {
+      constexpr int Vectors = decltype(vectors)::value;
+      __m512 found[Rows][Vectors];
+      multiply<Rows, Vectors>(work.values + dim * kTile, weights, kTile, tile.vectors * kLanes / 2, found);
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < Vectors; ++v) {
+          float* to = values + r * value_dim + dim + v * kLanes;
+          _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), found[r][v]));
         }
-        _mm512_storeu_ps(to, sum);
+    });
+  }
+}
+
+// Sum over the positions [begin, end) of one split, a tile at a time.
+template <typename T>
+void attend_split(const Work& work, const Queries& queries, const int64_t* table, int64_t kv_head, int64_t begin, int64_t end, const Sums& sums) {
+  constexpr bool Scaled = std::is_same_v<T, int8_t>;
+  const RgCache& cache = work.cache;
+  const int64_t rows = queries.num_rows(), kv_heads = cache.kv_heads;
+  std::fill_n(sums.largest, rows, -INFINITY);
+  std::memset(sums.values, 0, rows * work.heads.value_dim * sizeof(float));
+  std::memset(work.lanes_of_totals, 0, rows * kLanes * sizeof(float));
+  const int64_t seen_first = queries.first_seen(0), seen_last = queries.start + queries.count;
+  end = std::min(end, seen_last);
+  Places now, next;
+  Tile tile;
+  tile.begin = std::max(begin, seen_first / kTile * kTile);
+  auto find = [&](Places& places, int64_t at) { places.find(table, cache.block_size, at, std::max(at, seen_first), std::min(at + kTile, end)); };
+  if (tile.begin < end) find(now, tile.begin);
+  for (; tile.begin < end; tile.begin += kTile, now = next) {
+    tile.vectors = int((std::min<int64_t>(end - tile.begin, kTile) + kLanes - 1) / kLanes);
+    if (tile.begin + kTile < end) {
+      find(next, tile.begin + kTile);
+      prefetch(cache.keys, next, kv_heads, kv_head);
+      prefetch(cache.values, next, kv_heads, kv_head);
+    }
+    pack_keys<T>(cache.keys, now, kv_heads, kv_head, tile.vectors, work.zeros, work.keys);
+    pack_values<T>(cache.values, now, kv_heads, kv_head, tile.vectors, work.zeros, work.values);
+    if constexpr (Scaled) {
+      load_scales(cache.keys, now, kv_heads, kv_head, tile.key_scales);
+      load_scales(cache.values, now, kv_heads, kv_head, tile.value_scales);
+    }
+    // Tokens before the tile do not see it, nor do those whose window has left it behind.
+    int64_t first = std::max<int64_t>(0, tile.begin - queries.start);
+    int64_t last = queries.window ? std::min(queries.count, tile.begin + kTile - 1 + queries.window - queries.start) : queries.count;
+    int64_t row = first * queries.group, left = std::max<int64_t>(0, last - first) * queries.group;
+    for (int64_t tiles = (left + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+      int64_t count = (left + tiles - 1) / tiles;  // alike, since a tile of one row waits for its own sums
+      as_constant<kTileRows>(count, [&](auto number) {
+        constexpr int Rows = decltype(number)::value;
+        alignas(64) bf16 weights[Rows * kTile];
+        as_constant<kVectors>(tile.vectors, [&](auto vectors) {
+          weigh<Scaled, Rows, decltype(vectors)::value>(work, queries, tile, row, sums, weights);
+        });
+        add_values<Rows>(work, tile, weights, sums.values + row * work.heads.value_dim);
+      });
+      row += count, left -= count;
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) sums.total[row] = _mm512_reduce_add_ps(_mm512_load_ps(work.lanes_of_totals + row * kLanes));
+}
+
+// Add what a later split gave.
+void add_split(const Sums& sums, const Sums& other, int64_t rows, int64_t value_dim) {
+  for (int64_t row = 0; row < rows; ++row) {
+    if (other.largest[row] == -INFINITY && other.total[row] == 0.0f) continue;  // sees nothing of it
+    float largest = std::max(sums.largest[row], other.largest[row]);
+    float own = power(sums.largest[row] - largest), theirs = power(other.largest[row] - largest);
+    sums.largest[row] = largest;
+    sums.total[row] = sums.total[row] * own + other.total[row] * theirs;
+    float *to = sums.values + row * value_dim, *from = other.values + row * value_dim;
+    for (int64_t dim = 0; dim < value_dim; dim += 16) {
+      __m512 kept = _mm512_mul_ps(_mm512_loadu_ps(to + dim), _mm512_set1_ps(own));
+      _mm512_storeu_ps(to + dim, _mm512_fmadd_ps(_mm512_loadu_ps(from + dim), _mm512_set1_ps(theirs), kept));
+    }
+  }
+}
+
+// One vector to int8 with a scale, as worker/layer_cache.py defines it.
+void quantize_vector(const bf16* from, int64_t dim, int8_t* to, bf16* scale) {
+  const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+  __m512i largest = _mm512_setzero_si512();  // as integers, in which NaN is above infinity
+  for (int64_t i = 0; i < dim; i += 16)
+    largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_and_ps(load16(from + i), magnitude)));
+  uint32_t bits = _mm512_reduce_max_epu32(largest);
+  float most;
+  std::memcpy(&most, &bits, 4);
+  store16(scale, _mm512_set1_ps(most / 127.0f), 1);
+  const __m512 rounded = _mm512_set1_ps(to_float(*scale));
+  for (int64_t i = 0; i < dim; i += 16) {
+    __m512 ratio = _mm512_div_ps(load16(from + i), rounded);
+    ratio = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(ratio, ratio, _CMP_ORD_Q), ratio);
+    ratio = _mm512_min_ps(_mm512_set1_ps(127.0f), _mm512_max_ps(_mm512_set1_ps(-127.0f), ratio));
+    __m512i whole = _mm512_cvt_roundps_epi32(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128((__m128i*)(to + i), _mm512_cvtepi32_epi8(whole));
+  }
+}
+
+void store_vector(const RgVectors& to, const bf16* from, int64_t block, int64_t place) {
+  if (to.scales) {
+    quantize_vector(from, to.dim, (int8_t*)to.elements + block * to.stride + place * to.dim, to.scales + block * to.scale_stride + place);
+  } else {
+    std::memcpy((bf16*)to.elements + block * to.stride + place * to.dim, from, to.dim * sizeof(bf16));
+  }
+}
+
+// What one thread does at a time: a query tile of a row, for a head of keys, over some splits.
+struct Unit {
+  int64_t row, token, count, kv_head, first_split, last_split, memory;  // memory: of its sums, -1: its result goes out
+};
+
+struct Plan {
+  std::vector<Unit> units;
+  int64_t memory = 0;  // floats, of sums that are added up by and by
+};
+
+Plan plan(const RgHeads& heads, const RgRows& rows, int threads) {
+  const int64_t group = heads.heads / heads.kv_heads, most = std::max<int64_t>(1, kQueryRows / group);
+  Plan found;
+  int64_t tiles = 0;
+  for (int64_t row = 0; row < rows.num_rows; ++row) tiles += (rows.counts[row] + most - 1) / most;
+  // Few tiles of long contexts: a split each, so that all threads have work.
+  const bool whole = tiles * heads.kv_heads >= 4 * threads;
+  for (int64_t row = 0; row < rows.num_rows; ++row)
+    for (int64_t end = rows.counts[row]; end > 0; end -= most) {  // the longest context first
+      int64_t token = std::max<int64_t>(0, end - most), position = rows.starts[row] + token;
+      int64_t first = rows.window ? std::max<int64_t>(0, position - rows.window + 1) / kSplit : 0;
+      int64_t last = (rows.starts[row] + end - 1) / kSplit + 1;
+      for (int64_t kv_head = 0; kv_head < heads.kv_heads; ++kv_head) {
+        if (whole || last - first == 1) {
+          found.units.push_back({row, token, end - token, kv_head, first, last, -1});
+          continue;
+        }
+        for (int64_t split = first; split < last; ++split) {
+          found.units.push_back({row, token, end - token, kv_head, split, split + 1, found.memory});
+          found.memory += Sums::size((end - token) * group, heads.value_dim);
+        }
       }
     }
-  }
+  return found;
 }
 
-// Scores to weights that add up to the returned sum.
-float soften(float* scores, int64_t count, int64_t padded, float scale) {
-  __m512 largest = _mm512_set1_ps(-INFINITY);
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    __m512 value = _mm512_mul_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(scale));
-    value = _mm512_mask_blend_ps(lanes(count - i), _mm512_set1_ps(-INFINITY), value);
-    _mm512_storeu_ps(scores + i, value);
-    largest = _mm512_max_ps(largest, value);
-  }
-  float most = _mm512_reduce_max_ps(largest);
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    __m512 weight = exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(most)));
-    weight = _mm512_maskz_mov_ps(lanes(count - i), weight);
-    _mm512_storeu_ps(scores + i, weight);
-    total = _mm512_add_ps(total, weight);
-  }
-  return _mm512_reduce_add_ps(total);
-}
+struct Step {
+  const RgHeads& heads;
+  const RgCache& cache;
+  const RgRows& rows;
+  const bf16* queries;  // [heads, num_tokens, key_dim]
+  int64_t num_tokens;
+  bf16* out;  // [num_tokens, heads, value_dim]
 
-// out[g] = sum over tokens of weight * value, for `Group` queries and 64 columns at a time.
-template <int Group>
-void weigh(const RgHeads& shape, const RgCache& cache, const Context& context, int64_t kv_head, const float* weights,
-           const float* totals, int64_t padded, bf16* out) {
-  const int64_t size = shape.kv_heads * shape.value_dim;
-  for (int64_t dim = 0; dim < shape.value_dim; dim += 64) {
-    const int parts = int(std::min<int64_t>(4, (shape.value_dim - dim) / 16));
-    __m512 sums[Group][4];
-    for (auto& row : sums)
-      for (auto& sum : row) sum = _mm512_setzero_ps();
-    for (int64_t token = 0; token < context.count; ++token) {
-      const bf16* value = cache.values + context.place(token, cache.value_stride, size) + kv_head * shape.value_dim + dim;
-      __m512 wide[4];
-      for (int p = 0; p < 4; ++p) wide[p] = p < parts ? load16(value + p * 16) : _mm512_setzero_ps();
-      for (int g = 0; g < Group; ++g) {
-        __m512 weight = _mm512_set1_ps(weights[g * padded + token]);
-        for (int p = 0; p < 4; ++p) sums[g][p] = _mm512_fmadd_ps(weight, wide[p], sums[g][p]);
-      }
-    }
-    for (int g = 0; g < Group; ++g)
-      for (int p = 0; p < parts; ++p)
-        store16(out + g * shape.value_dim + dim + p * 16, _mm512_div_ps(sums[g][p], _mm512_set1_ps(totals[g])), 0xffff);
-  }
-}
+  int64_t group() const { return heads.heads / heads.kv_heads; }
 
-void weigh_some(int64_t group, const RgHeads& shape, const RgCache& cache, const Context& context, int64_t kv_head,
-                const float* weights, const float* totals, int64_t padded, bf16* out) {
-  for (int64_t g = 0; g < group;) {
-    const float* of = weights + g * padded;
-    bf16* to = out + g * shape.value_dim;
-    switch (std::min<int64_t>(group - g, 6)) {
-      case 6: weigh<6>(shape, cache, context, kv_head, of, totals + g, padded, to), g += 6; break;
-      case 5: weigh<5>(shape, cache, context, kv_head, of, totals + g, padded, to), g += 5; break;
-      case 4: weigh<4>(shape, cache, context, kv_head, of, totals + g, padded, to), g += 4; break;
-      case 3: weigh<3>(shape, cache, context, kv_head, of, totals + g, padded, to), g += 3; break;
-      case 2: weigh<2>(shape, cache, context, kv_head, of, totals + g, padded, to), g += 2; break;
-      default: weigh<1>(shape, cache, context, kv_head, of, totals + g, padded, to), g += 1;
+  void put(const Unit& unit, const Sums& sums) const {
+    for (int64_t row = 0; row < unit.count * group(); ++row) {
+      int64_t token = rows.offsets[unit.row] + unit.token + row / group();
+      bf16* to = out + (token * heads.heads + unit.kv_head * group() + row % group()) * heads.value_dim;
+      const __m512 total = _mm512_set1_ps(sums.total[row]);
+      for (int64_t dim = 0; dim < heads.value_dim; dim += 16)
+        store16(to + dim, _mm512_div_ps(_mm512_loadu_ps(sums.values + row * heads.value_dim + dim), total), 0xffff);
     }
   }
-}
+
+  void run(const Unit& unit, float* memory) const {
+    static thread_local Buffer of_work;
+    const int64_t num_rows = unit.count * group(), size = Sums::size(num_rows, heads.value_dim);
+    const int64_t padded = (heads.value_dim + kPanel - 1) / kPanel * kPanel, widest = std::max(heads.key_dim, padded);
+    // In floats; all but the last two are whole cache lines.
+    const int64_t keys = heads.key_dim * kTile / 2, values = padded * kTile / 2, totals = num_rows * kLanes;
+    float* at = (float*)of_work.reserve((keys + values + totals + widest + num_rows * heads.key_dim / 2 + 2 * size + 64) * sizeof(float));
+    float *of_keys = at, *of_values = of_keys + keys, *of_totals = of_values + values, *zeros = of_totals + totals;
+    bf16* packed = (bf16*)(zeros + widest);
+    float* own = zeros + widest + num_rows * heads.key_dim / 2;
+    std::memset(zeros, 0, widest * sizeof(float));
+    for (int64_t row = 0; row < num_rows; ++row) {
+      int64_t token = rows.offsets[unit.row] + unit.token + row / group(), head = unit.kv_head * group() + row % group();
+      std::memcpy(packed + row * heads.key_dim, queries + (head * num_tokens + token) * heads.key_dim, heads.key_dim * sizeof(bf16));
+    }
+    Work work{heads, cache, (bf16*)of_keys, (bf16*)of_values, zeros, of_totals};
+    Queries of{packed, rows.starts[unit.row] + unit.token, unit.count, group(), rows.window};
+    Sums sums = Sums::at(unit.memory < 0 ? own : memory + unit.memory, num_rows, heads.value_dim);
+    Sums other = Sums::at(own + size, num_rows, heads.value_dim);
+    for (int64_t split = unit.first_split; split < unit.last_split; ++split) {
+      const Sums& into = split == unit.first_split ? sums : other;
+      auto attend = cache.keys.scales ? attend_split<int8_t> : attend_split<bf16>;
+      attend(work, of, rows.tables[unit.row], unit.kv_head, split * kSplit, (split + 1) * kSplit, into);
+      if (split != unit.first_split) add_split(sums, other, num_rows, heads.value_dim);
+    }
+    if (unit.memory < 0) put(unit, sums);
+  }
+
+  // Add up the splits of the query tile that begins with unit `index`.
+  void join(const std::vector<Unit>& units, size_t index, float* memory) const {
+    const Unit& unit = units[index];
+    const int64_t num_rows = unit.count * group();
+    Sums sums = Sums::at(memory + unit.memory, num_rows, heads.value_dim);
+    for (size_t next = index + 1; next < units.size() && !begins_tile(units, next) && units[next].memory >= 0; ++next)
+      add_split(sums, Sums::at(memory + units[next].memory, num_rows, heads.value_dim), num_rows, heads.value_dim);
+    put(unit, sums);
+  }
+
+  bool begins_tile(const std::vector<Unit>& units, size_t index) const {
+    const Unit& unit = units[index];
+    if (unit.memory < 0) return false;
+    if (index == 0) return true;
+    const Unit& before = units[index - 1];
+    return before.row != unit.row || before.token != unit.token || before.kv_head != unit.kv_head;
+  }
+};
 
 }  // namespace
 }  // namespace rillgate
 
-// queries: [heads, num_tokens, key_dim]; out: [num_tokens, heads, value_dim].
-extern "C" void rg_attend_decode(const RgHeads* heads, const RgCache* cache, const RgDecodeRows* rows, const bf16* queries,
-                                 int64_t num_tokens, bf16* out, int threads) {
-  const RgHeads& shape = *heads;
-  const int64_t group = shape.heads / shape.kv_heads;
+extern "C" void rg_attend(const RgHeads* heads, const RgCache* cache, const RgNewTokens* added, const RgRows* rows, const bf16* queries, bf16* out, int threads) {
+  static thread_local Buffer of_sums;
+  const int64_t num_tokens = added->num_tokens, kv_heads = heads->kv_heads;
+  const Plan work = plan(*heads, *rows, threads);
+  const Step step{*heads, *cache, *rows, queries, num_tokens, out};
+  float* memory = (float*)of_sums.reserve(work.memory * sizeof(float));
+  const int64_t num_units = work.units.size();
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local std::vector<float> scores;
-    std::vector<float> totals(group);
-    // Rows differ in length: whoever is free takes the next.
+#pragma omp for
+    for (int64_t part = 0; part < num_tokens * kv_heads; ++part) {
+      int64_t token = part / kv_heads, head = part % kv_heads, place = added->offsets[token] * kv_heads + head;
+      store_vector(cache->keys, added->keys + (head * num_tokens + token) * heads->key_dim, added->blocks[token], place);
+      store_vector(cache->values, added->values + (head * num_tokens + token) * heads->value_dim, added->blocks[token], place);
+    }
+    // Contexts differ in length: whoever is free takes the next.
 #pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < rows->num_rows * shape.kv_heads; ++part) {
-      int64_t row = part / shape.kv_heads, kv_head = part % shape.kv_heads;
-      int64_t end = rows->positions[row] + 1;
-      int64_t first = rows->window ? std::max<int64_t>(0, end - rows->window) : 0;
-      Context context{rows->tables[row], first, end - first, cache->block_size};
-      int64_t padded = (context.count + kLanes - 1) / kLanes * kLanes;
-      scores.resize(std::max<size_t>(scores.size(), group * padded));
-      int64_t token = rows->offsets[row];
-      const bf16* of = queries + (kv_head * group * num_tokens + token) * shape.key_dim;
-      score(shape, *cache, context, kv_head, of, num_tokens * shape.key_dim, group, scores.data(), padded);
-      for (int64_t g = 0; g < group; ++g) totals[g] = soften(scores.data() + g * padded, context.count, padded, shape.scale);
-      bf16* to = out + (token * shape.heads + kv_head * group) * shape.value_dim;
-      weigh_some(group, shape, *cache, context, kv_head, scores.data(), totals.data(), padded, to);
+    for (int64_t index = 0; index < num_units; ++index) step.run(work.units[index], memory);
+    if (work.memory) {
+#pragma omp for
+      for (int64_t index = 0; index < num_units; ++index)
+        if (step.begins_tile(work.units, index)) step.join(work.units, index, memory);
     }
   }
 }

@@ -25,7 +25,7 @@ _INT, _POINTER, _THREADS = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rg_pack_int8": (_POINTER, _INT, _INT, _POINTER),
     "rg_pack_bf16": (_POINTER, _INT, _INT, _POINTER),
-    "rg_attend_decode": (*(_POINTER,) * 4, _INT, _POINTER, _THREADS),
+    "rg_attend": (*(_POINTER,) * 6, _THREADS),
     "rg_linear_f32": (_POINTER, _POINTER, _INT, _POINTER, _THREADS),
     "rg_linear_bf16": (_POINTER, _POINTER, _INT, _POINTER, _THREADS),
     **dict.fromkeys(
@@ -82,7 +82,7 @@ class Shape(ctypes.Structure):
 
 
 class Heads(ctypes.Structure):
-    """RgHeads of kernels/attention.cpp."""
+    """RgHeads of kernels/attention_tiles.h."""
 
     _fields_ = (
         *((name, _INT) for name in ("heads", "kv_heads", "key_dim", "value_dim")),
@@ -90,20 +90,38 @@ class Heads(ctypes.Structure):
     )
 
 
-class Cache(ctypes.Structure):
-    """RgCache: one layer's keys and values; strides in elements."""
+class Vectors(ctypes.Structure):
+    """RgVectors: one layer's keys or values, and their scales in INT8; strides in elements."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("keys", "values")),
-        *((name, _INT) for name in ("key_stride", "value_stride", "block_size")),
+        *((name, _POINTER) for name in ("elements", "scales")),
+        *((name, _INT) for name in ("stride", "scale_stride", "dim")),
     )
 
 
-class DecodeRows(ctypes.Structure):
-    """RgDecodeRows: addresses of int64 per row, and of each row's block table."""
+class Cache(ctypes.Structure):
+    """RgCache: one layer's."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("offsets", "positions", "tables")),
+        *((name, Vectors) for name in ("keys", "values")),
+        *((name, _INT) for name in ("block_size", "kv_heads")),
+    )
+
+
+class NewTokens(ctypes.Structure):
+    """RgNewTokens of kernels/attention.cpp: what a step stores, and the addresses of where."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("keys", "values", "blocks", "offsets")),
+        ("num_tokens", _INT),
+    )
+
+
+class Rows(ctypes.Structure):
+    """RgRows: addresses of int64 per row, and of each row's block table."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("offsets", "starts", "counts", "tables")),
         *((name, _INT) for name in ("num_rows", "window")),
     )
 
@@ -158,7 +176,7 @@ class Kernels:
             if hasattr(library, name):
                 function = getattr(library, name)
                 function.restype, function.argtypes = None, arguments
-        self.has_attention = hasattr(library, "rg_attend_decode")
+        self.has_attention = hasattr(library, "rg_attend")
         """Whether attention is there at this level, too."""
 
     def pack_int8(self, weight: Tensor) -> Tensor:
@@ -226,18 +244,20 @@ class Kernels:
             shape, layer, x.data_ptr(), sums.data_ptr(), len(x), torch.get_num_threads()
         )
 
-    def attend_decode(
-        self, heads: Heads, cache: Cache, rows: DecodeRows, query: Tensor, output: Tensor
-    ) -> None:
-        """Fill the rows' tokens of output [num_tokens, heads, value_dim], bf16.
+    def attend(
+        self, heads: Heads, cache: Cache, new: NewTokens, rows: Rows, query: Tensor
+    ) -> Tensor:
+        """Store a step's new tokens, then attend. Returns [num_tokens, heads, value_dim], bf16.
 
         query: [heads, num_tokens, key_dim], bf16.
         """
         query = query.contiguous()
-        structs = (ctypes.byref(it) for it in (heads, cache, rows))
-        self._library.rg_attend_decode(
-            *structs, query.data_ptr(), len(output), output.data_ptr(), torch.get_num_threads()
+        output = query.new_empty(query.shape[1], heads.heads, heads.value_dim)
+        structs = (ctypes.byref(it) for it in (heads, cache, new, rows))
+        self._library.rg_attend(
+            *structs, query.data_ptr(), output.data_ptr(), torch.get_num_threads()
         )
+        return output
 
     def unpack_int8(self, packed: Tensor, out_features: int, in_features: int) -> Tensor:
         """Return what was packed. [out_features, in_features], int8."""
