@@ -105,6 +105,8 @@ class RejectReason(Enum):
     DEADLINE_NOW = "deadline_now"
     """Cannot make its deadline behind what waits here."""
     DRAINING = "draining"
+    NO_DRAFT_MODEL = "no_draft_model"
+    """Asks for a draft model, and there is none here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,6 @@ from rillgate_server.scheduler.sequence import RequestGroup, Sequence, SequenceS
 _NO_SPECULATION = SpeculationConfig()
 STALE_COSTS_S = 10.0
 """Without a prefill; then one request is tried whatever its predicted time to the first token."""
-_NO_DRAFT_MODEL = (
-    "speculation is 'draft-model'; allowed: off, prompt-lookup or auto (this server has no "
-    "speculation.draft_model)"
-)
-
 Sampled = list[tuple[Sequence, int]]
 """Who has sampled in a step, and how many tokens."""
 
@@ -110,7 +105,7 @@ class Scheduler:
     def add(self, request: Request, now: float) -> Rejection | None:
         """Queue a request, or return why not: then nothing of it is kept."""
         if request.speculation is Speculation.DRAFT_MODEL and not self._drafter.has_draft_model:
-            return Rejection(RejectReason.INVALID, _NO_DRAFT_MODEL)
+            return Rejection(RejectReason.NO_DRAFT_MODEL, "there is no draft model here")
         group = RequestGroup(request)
         rejection = self._admission.refuse(
             group,
