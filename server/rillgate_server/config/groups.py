@@ -15,6 +15,7 @@ MAX_SOCKET_PATH_BYTES = 100
 """Of a Unix socket's path."""
 MAX_REPLICA_NAME_BYTES = 128
 """Of a replica's name."""
+SPECULATION_METHODS = ("off", "prompt-lookup", "draft-model", "auto")
 QUANTIZATIONS = ("none", "int8")
 ALSO_QUANTIZED = ("embeddings", "head")
 ROUTING_POLICIES = ("prefix", "least-load", "round-robin", "weighted-least-connections")
@@ -60,6 +61,30 @@ class BatcherConfig:
             raise ConfigError(
                 f"batcher.max_step_tokens is {self.max_step_tokens}; allowed: at least "
                 f"batcher.max_running, {self.max_running} (each running choice takes one token)"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """Tokens that a step tries before they are drawn. They never change an answer."""
+
+    method: str = "off"
+    """Where drafts come from, unless a request says it: off, prompt-lookup (what followed the same
+    tokens earlier in the prompt or the answer), draft-model, or auto (either, where it pays)."""
+    max_draft_tokens: int = 5
+    """Most drafts of a choice in one step, 1 to 32. Higher: longer leaps where text repeats itself,
+    more work in vain where it does not."""
+    draft_model: str = ""
+    """A small checkpoint's directory, with the same vocabulary, that makes drafts; empty: none."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of its range."""
+        _check_choice("speculation.method", self.method, SPECULATION_METHODS)
+        _check("speculation.max_draft_tokens", self.max_draft_tokens, 1, 32)
+        if self.method == "draft-model" and not self.draft_model:
+            raise ConfigError(
+                "speculation.method is 'draft-model' without speculation.draft_model; allowed: a "
+                "checkpoint's directory there, or another method"
             )
 
 

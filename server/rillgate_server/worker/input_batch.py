@@ -80,7 +80,11 @@ class InputBatch:
         return fresh
 
     def pack(self, rows: Sequence[RowPlan]) -> PackedStep:
-        """Lay all rows' tokens behind one another."""
+        """Lay all rows' tokens behind one another.
+
+        Each draft is a row of its own, over the same blocks: the attention computes it as the
+        decode row that it would be without speculation, so it gets the same numbers.
+        """
         token_ids: list[int] = []
         positions: list[int] = []
         blocks: list[Tensor] = []
@@ -90,8 +94,12 @@ class InputBatch:
             end = row.start + row.num_tokens
             self._check(row, state, end)
             table = self._tables[row.slot]
-            packed.append(PackedRow(len(token_ids), row.start, row.num_tokens, table))
-            token_ids.extend(state.token_ids[row.start : end])
+            num_known = row.num_tokens - len(row.draft_token_ids)
+            packed.append(PackedRow(len(token_ids), row.start, num_known, table))
+            token_ids.extend(state.token_ids[row.start : row.start + num_known])
+            for position, draft in enumerate(row.draft_token_ids, row.start + num_known):
+                packed.append(PackedRow(len(token_ids), position, 1, table))
+                token_ids.append(draft)
             positions.extend(range(row.start, end))
             blocks.append(_blocks_of(table, row.start, end, self._block_size))
         at = torch.tensor(positions)
@@ -140,10 +148,20 @@ class InputBatch:
 
     def _check(self, row: RowPlan, state: SlotState, end: int) -> None:
         """Refuse a row that names what is not there: a wrong plan must not read others' memory."""
-        if row.start < 0 or row.num_tokens < 1 or end > len(state.token_ids):
+        num_drafts, num_known = len(row.draft_token_ids), len(state.token_ids)
+        known_end = end - num_drafts
+        if row.start < 0 or known_end <= row.start or known_end > num_known:
             raise EngineFailure(
                 f"slot {row.slot} was asked for positions {row.start} to {end}, "
-                f"it has {len(state.token_ids)} tokens"
+                f"it has {num_known} tokens and {num_drafts} drafts"
+            )
+        if num_drafts and not (
+            row.samples
+            and known_end == num_known
+            and all(0 <= draft < self._vocab_size for draft in row.draft_token_ids)
+        ):
+            raise EngineFailure(
+                f"slot {row.slot} has {num_known} tokens; its drafts fit not: {row}"
             )
         if end > state.num_blocks * self._block_size:
             raise EngineFailure(
