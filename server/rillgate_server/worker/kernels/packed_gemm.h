@@ -123,6 +123,12 @@ constexpr int64_t kSteps = 64;  // of 256 bytes of a panel, which then lie in th
 
 using Half = float;
 
+// The part of a panel that is read first fetches all of a step, kSteps ahead.
+template <typename T>
+inline void prefetch_steps(const T* at) {
+  for (int line = 0; line < 4; ++line) _mm_prefetch((const char*)at + kSteps * 256 + line * 64, _MM_HINT_T0);
+}
+
 // Sixteen registers hold 8 accumulators and what is summed: of few rows a whole panel at a time, of more a part of it,
 // kSteps at a time.
 template <int Rows, typename Sum, typename Step>
@@ -147,7 +153,7 @@ inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int
   const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(-128);
   tile_in_parts<Rows>(steps, sums, [&](int64_t k, int first, auto& own) {
     const uint8_t* at = panel + k * kPanel * 4 + first * 64;
-    _mm_prefetch((const char*)at + 4096, _MM_HINT_T0);
+    if (first == 0) prefetch_steps(at);
     for (int v = 0; v < int(std::size(own[0])); ++v) {
       __m256i low = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(at + v * 64)), offset);
       __m256i high = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(at + v * 64 + 32)), offset);
@@ -170,7 +176,7 @@ inline void tile_bf16(const bf16* panel, const float* x, int64_t stride, int64_t
   const __m256i upper = _mm256_set1_epi32(0xffff0000);
   tile_in_parts<Rows>(steps, sums, [&](int64_t k, int first, auto& own) {
     const bf16* at = panel + k * kPanel * 2 + first * 32;
-    _mm_prefetch((const char*)at + 4096, _MM_HINT_T0);
+    if (first == 0) prefetch_steps(at);
     for (int v = 0; v < int(std::size(own[0])); ++v) {
       __m256i low = _mm256_loadu_si256((const __m256i*)(at + v * 32));
       __m256i high = _mm256_loadu_si256((const __m256i*)(at + v * 32 + 16));
