@@ -54,7 +54,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     for line, row in zip(lines, report["rows"], strict=True):
         assert f"| {row['exact_match']['percent']:.1f} % of {NUM_TASKS} " in line
         assert f"| {row['perplexity']['perplexity']:.4f} " in line
-    assert f"of 3, none: tasks: {NUM_TASKS} of {NUM_TASKS}" in done.stderr
+    last = f"row 3 of 3 (none, bfloat16, int8 cache): tasks: {NUM_TASKS} of {NUM_TASKS}"
+    assert last in done.stderr
     return {f"{row['quantization']} {row['kv_dtype']}": row for row in report["rows"]}
 
 

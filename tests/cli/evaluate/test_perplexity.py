@@ -33,8 +33,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(model_dir: Path) -> Settings:
-    """Return settings whose chunks are shorter than a window."""
-    batcher = {"max_step_tokens": "64", "max_prefill_chunk_tokens": "10"}
+    """Return settings whose chunks are shorter than a window, and their queue than its requests."""
+    batcher = {
+        "max_step_tokens": "20",
+        "max_prefill_chunk_tokens": "10",
+        "max_running": "2",
+        "max_waiting_requests": "1",
+    }
     overrides = {
         "model": {"path": str(model_dir), "dtype": "float32"},
         "batcher": batcher,

@@ -60,6 +60,8 @@ def run_evaluate(settings: Settings, model_dir: Path, args: argparse.Namespace) 
     configure_logging(settings.log.level)
     variants = read_variants(settings, args.compare)
     material = read_material(model_dir, args)
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ConfigError(f"--json is {args.json}; allowed: a file in a directory that is there")
     rows = evaluate(variants, model_dir, material)
     print(table_of(rows))
     if material.token_ids:
@@ -103,7 +105,8 @@ def evaluate(variants: list[Settings], model_dir: Path, material: Material) -> l
     rows = []
     for number, settings in enumerate(variants, start=1):
         with opened_model(settings, model_dir) as ready:
-            label = f"row {number} of {len(variants)}, {settings.model.quantization}"
+            names = (settings.model.quantization, ready.spec.dtype, ready.sizes.kv_dtype)
+            label = f"row {number} of {len(variants)} ({', '.join(names)} cache)"
             rows.append(_measure(settings, ready, material, label))
     return rows
 

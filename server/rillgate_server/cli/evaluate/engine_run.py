@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from rillgate_server.config.settings import Settings
 from rillgate_server.core.clock import SystemClock
-from rillgate_server.core.request import Rejection, RejectReason, Request
+from rillgate_server.core.request import RejectReason, Request
 from rillgate_server.core.step import StepOutput, TokenLogprobs
 from rillgate_server.engine.engine import Engine
-from rillgate_server.errors import InvalidRequest
+from rillgate_server.errors import ConfigError
 from rillgate_server.replica.process import ReadyModel
 from rillgate_server.scheduler.scheduler import Scheduler
 
@@ -41,7 +41,7 @@ class EngineRun:
     def run(self, requests: Sequence[Request], on_done: Callable[[int], None]) -> dict[int, Answer]:
         """Return the answer of each request by its id; `on_done` gets how many are done.
 
-        As many run together as may; raises InvalidRequest for one that the engine refuses.
+        As many run together as may; raises ConfigError for one that the engine refuses.
         """
         answers = {request.request_id: Answer() for request in requests}
         waiting = list(reversed(requests))
@@ -64,11 +64,7 @@ class EngineRun:
             return True
         if rejection.reason is RejectReason.OVERLOADED and num_open:
             return False
-        raise _refused(request, rejection)
-
-
-def _refused(request: Request, rejection: Rejection) -> InvalidRequest:
-    return InvalidRequest.of("prompt", f"number {request.request_id}", rejection.message)
+        raise ConfigError(f"prompt {request.request_id + 1} was refused: {rejection.message}")
 
 
 def _apply(output: StepOutput, answers: dict[int, Answer]) -> int:
