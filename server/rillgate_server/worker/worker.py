@@ -12,7 +12,7 @@ import torch
 
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
-from rillgate_server.core.quantization import Quantization
+from rillgate_server.core.quantization import Quantization, resolve_quantization
 from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
@@ -106,11 +106,12 @@ class Worker:
         does not divide.
         """
         return_freed_memory()
-        spec = read_model_spec(model_dir).with_quantization(options.weights.version)
+        weights = resolve_quantization(options.weights, model_dir)
+        spec = read_model_spec(model_dir).with_quantization(weights.version)
         dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        store = _weight_store(options)
+        store = _weight_store(options, weights)
         if group is None:
             model = load_network(model_dir, _DTYPES[dtype], on_progress, store=store)
             kernels = load_kernels() if options.device == CPU else None
@@ -171,21 +172,22 @@ class Worker:
         return self._runner.execute(plan)
 
 
-def _weight_store(options: WorkerOptions) -> WeightStore:
+def _weight_store(options: WorkerOptions, weights: Quantization) -> WeightStore:
     """Say where weights go; raises ConfigError for what the device cannot compute."""
     store = WeightStore(options.device, free_bytes(options.device))
-    if options.quantization == NO_QUANTIZATION:
+    if weights.method == NO_QUANTIZATION:
         return store
     if options.device != CPU:
         raise ConfigError(
-            f"model.quantization is {options.quantization} on {options.device}; allowed: none (on "
+            f"model.quantization is {weights.method} on {options.device}; allowed: none (on "
             "CPUs int8, too)"
         )
     kernels = load_kernels()
     return replace(
         store,
         quantize=lambda weight: Int8Linear(weight, kernels),
-        quantization=options.weights,
+        restore=lambda weight, scales: Int8Linear(weight, kernels, scales),
+        quantization=weights,
     )
 
 
