@@ -106,7 +106,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "other shapes": (widen, r"of another shape: .*gate_proj.weight \[96, 64\] instead of \[100"),
     "quantised": (
         lambda p: edit_config(p, quantization_config={"quant_method": "fp8"}),
-        r"quantised \(fp8\)",
+        "quantised with quant_method 'fp8'; allowed: compressed-tensors in 8-bit integers",
     ),
     "a config that transformers refuses": (
         lambda p: edit_config(p, hidden_size="wide"),

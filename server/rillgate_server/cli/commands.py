@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeAlias
 
+from rillgate_server.cli.model_commands import add_model_commands
 from rillgate_server.cli.model_source import resolve_model
 from rillgate_server.config.groups import QUANTIZATIONS, ROUTING_POLICIES
 from rillgate_server.config.settings import Settings, load_settings
@@ -128,6 +129,7 @@ def add_commands(subparsers: Subparsers) -> None:
         run=_Command("rillgate_server.gateway.process", "run_gateway", needs_addresses=True)
     )
     _add_evaluate(subparsers)
+    add_model_commands(subparsers)
 
 
 def _add_evaluate(subparsers: Subparsers) -> None:

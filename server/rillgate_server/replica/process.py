@@ -18,7 +18,7 @@ from pathlib import Path
 from rillgate_server.config.settings import Settings
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
-from rillgate_server.core.quantization import Quantization
+from rillgate_server.core.quantization import Quantization, resolve_quantization
 from rillgate_server.core.release import release_of
 from rillgate_server.core.step_codec import STEP_FORMAT
 from rillgate_server.errors import RankLost, RillgateError
@@ -191,7 +191,9 @@ def _facts(settings: Settings, model_dir: Path, ranks: int) -> dict[str, str]:
         "step format": str(STEP_FORMAT),
         "model digest": spec.version_digest,
         "model.dtype": resolve_dtype(settings.model.dtype, spec.dtype),
-        "model.quantization": Quantization.of(settings.model).version,
+        "model.quantization": resolve_quantization(
+            Quantization.of(settings.model), model_dir
+        ).version,
         "cache.kv_dtype": settings.cache.kv_dtype,
         "cache.block_size_tokens": str(settings.cache.block_size_tokens),
     }

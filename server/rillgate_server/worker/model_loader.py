@@ -8,7 +8,6 @@ the peak is the weights plus one tensor. Does not know which layers are quantise
 nothing else.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rillgate_server.core.checkpoint import read_config, read_tensor_entries
-from rillgate_server.core.quantization import AS_THEY_ARE, Quantization
+from rillgate_server.core.quantization import AS_THEY_ARE, Quantization, resolve_quantization
 from rillgate_server.errors import CheckpointError, OutOfMemory
 from rillgate_server.worker.compute_device import CPU
 from rillgate_server.worker.host_memory import available_bytes
@@ -31,6 +30,8 @@ from rillgate_server.worker.sharding import Sharding
 from rillgate_server.worker.weight_places import Progress, Target, fill_places, place_all
 from rillgate_server.worker.weight_plan import (
     EXPERT_LAYERS,
+    SCALES_SUFFIX,
+    Form,
     WeightPlan,
     embedding_name,
     plan_weights,
@@ -43,6 +44,9 @@ would change one's tokens, and cached keys would not fit new ones."""
 QuantizeLinear = Callable[[Tensor], nn.Module]
 """From a weight [out_features, in_features], which is not kept, to a layer without its bias."""
 
+RestoreLinear = Callable[[Tensor, Tensor], nn.Module]
+"""From a weight in INT8 and its scales, [out_features], float32, neither of which is kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightStore:
@@ -53,6 +57,8 @@ class WeightStore:
     """That they may take."""
     quantize: QuantizeLinear | None = None
     """Makes the layers that `quantization` is for; None: all stay as they are."""
+    restore: RestoreLinear | None = None
+    """The same from weights that files hold quantised."""
     quantization: Quantization = AS_THEY_ARE
 
 
@@ -75,13 +81,12 @@ class _Assembly:
         if self._plan.num_bytes > self._store.free_bytes:
             raise OutOfMemory(f"loading {what}", self._plan.num_bytes, self._store.free_bytes)
         device = self._store.device
-        # Each weight that is quantised is read here, and quantised before the next one is.
-        dtype = self._model.dtype
-        shared = torch.empty(self._plan.largest_quantised, dtype=dtype, device=device)
+        # Each layer's weight is read into this, and made a layer before the next one is read.
+        shared = torch.empty(self._plan.staged_bytes, dtype=torch.uint8, device=device)
         for name, planned in self._plan.tensors.items():
             shape = planned.own_shape
-            if planned.is_quantised:
-                tensor = shared[: math.prod(shape)].view(shape)
+            if planned.staged_bytes:
+                tensor = shared[: planned.staged_bytes].view(planned.dtype).view(shape)
             else:
                 tensor = torch.empty(shape, dtype=planned.dtype, device=device)
             self.targets[name] = Target(planned.shape, tensor, planned.split)
@@ -92,9 +97,14 @@ class _Assembly:
         if target.num_elements < target.own.numel():
             assert target.split is not None
             target.own[target.split.last - target.split.first :].zero_()
-        if self._plan.tensors[name].is_quantised:
+        layer, form = name.removesuffix(".weight"), self._plan.tensors[name].form
+        if form is Form.TO_QUANTIZE:
             assert self._store.quantize is not None
-            self._layers[name.removesuffix(".weight")] = self._store.quantize(target.own)
+            self._layers[layer] = self._store.quantize(target.own)
+        elif form is Form.QUANTIZED:
+            assert self._store.restore is not None
+            scales = self.targets[f"{layer}{SCALES_SUFFIX}"].own  # read before any weight
+            self._layers[layer] = self._store.restore(target.own, scales.flatten())
 
     def finish(self, sharding: Sharding | None) -> None:
         """Put everything into the network."""
@@ -105,7 +115,7 @@ class _Assembly:
             if sharding is not None and sharding.is_added_by_another(name):
                 target.own.zero_()
             is_expert = name.startswith(tuple(f"{it}." for it in self._plan.experts))
-            if not self._plan.tensors[name].is_quantised and not is_expert:
+            if self._plan.tensors[name].form is Form.PLAIN and not is_expert:
                 _set_tensor(model, name, target.own)
         for name, layer in self._layers.items():
             bias = self.targets.get(f"{name}.bias")
@@ -166,23 +176,22 @@ def load_network(
     read where that is possible.
     """
     entries = read_tensor_entries(model_dir)
-    model = _empty_network(model_dir, dtype)
+    model = empty_network(model_dir, dtype)
     store = store or WeightStore(CPU, available_bytes())
-    plan = plan_weights(model, dtype, store.quantization, sharding)
+    plan = plan_weights(model, dtype, store.quantization, sharding, entries)
     assembly = _Assembly(model, plan, store)
     assembly.reserve(str(model_dir))
     places = place_all(model, entries, assembly.targets)
-    fill_places(places, entries, on_progress, assembly.take_filled)
+    scales = tuple(name for name in places if name.endswith(SCALES_SUFFIX))
+    fill_places(places, entries, on_progress, assembly.take_filled, first=scales)
     assembly.finish(sharding)
     return model.eval()
 
 
 def load_config(model_dir: Path) -> PreTrainedConfig:
     """Read config.json as transformers understands it; refuse what we would compute wrongly."""
-    raw = read_config(model_dir)
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise CheckpointError(f"{model_dir} is quantised ({method}); supported: plain weights")
+    read_config(model_dir)  # says more precisely what is wrong with the file
+    resolve_quantization(AS_THEY_ARE, model_dir)
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     except (StrictDataclassError, ValueError, KeyError, TypeError, OSError) as error:
@@ -196,7 +205,7 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
     return config
 
 
-def _empty_network(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+def empty_network(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Build the modules without memory for weights."""
     config = load_config(model_dir)
     with torch.device("meta"):

@@ -36,6 +36,7 @@ _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 _Index = tuple[int | slice, ...]
 _WHOLE = (slice(None),)
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def place_all(
     """Map file tensor -> place; raise CheckpointError unless everything fits exactly."""
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()] + [_IGNORED]
     places: dict[str, Place] = {}
-    unexpected, misshaped = [], []
+    unexpected, misshaped, mistyped = [], [], []
     filled = dict.fromkeys(targets, 0)  # target -> elements that some file tensor fills
     for name, entry in entries.items():
         place = _place(name, targets)
@@ -102,6 +103,8 @@ def place_all(
             continue
         if place.shape != entry.shape:
             misshaped.append(f"{name} {list(entry.shape)} instead of {list(place.shape)}")
+        elif (entry.dtype in _FLOATS) != place.pieces[0].part.is_floating_point():
+            mistyped.append(f"{name} ({entry.dtype})")
         else:
             places[name] = place
         for piece in place.pieces:
@@ -113,6 +116,7 @@ def place_all(
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", misshaped),
+            ("of a type that it cannot have", mistyped),
         )
         if names
     ]
@@ -208,18 +212,22 @@ def fill_places(
     entries: dict[str, TensorEntry],
     on_progress: Progress | None,
     take_filled: Callable[[str], None],
+    first: tuple[str, ...] = (),
 ) -> None:
-    """Copy every file tensor to its place, file by file; `take_filled` hears of each target when
-    the last of what fills it is there."""
+    """Copy every file tensor to its place, file by file, those of `first` before all others;
+    `take_filled` hears of each target when the last of what fills it is there."""
     num_missing = Counter(piece.target for place in places.values() for piece in place.pieces)
     total_bytes = sum(place.num_bytes for place in places.values())
     done_bytes = 0
     if on_progress is not None:
         on_progress(0, total_bytes)
-    by_file: dict[Path, list[str]] = {}  # file -> its tensors
-    for name in places:
-        by_file.setdefault(entries[name].file, []).append(name)
-    for path, names in by_file.items():
+    by_file: dict[tuple[bool, Path], list[str]] = {}  # (later, file) -> tensors
+    early = set(first)
+    later = [name for name in places if name not in early]
+    for is_later, group in ((False, first), (True, later)):
+        for name in group:
+            by_file.setdefault((is_later, entries[name].file), []).append(name)
+    for (_, path), names in by_file.items():
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names:

@@ -6,19 +6,36 @@ here once any of a stack is quantised. Does not know files, nor how a weight is 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rillgate_server.core.checkpoint import TensorEntry
 from rillgate_server.core.model_spec import NO_QUANTIZATION
 from rillgate_server.core.quantization import EMBEDDINGS, HEAD, Quantization
 from rillgate_server.errors import ConfigError
 from rillgate_server.worker.sharding import Sharding, TensorSplit
 
+
+class Form(Enum):
+    """What becomes of a tensor that was read."""
+
+    PLAIN = auto()
+    """It stays as it is."""
+    TO_QUANTIZE = auto()
+    """A layer's weight, which is quantised."""
+    QUANTIZED = auto()
+    """A layer's weight, which the files hold in INT8."""
+    SCALES = auto()
+    """Of such a weight: [out_features, 1]."""
+
+
+SCALES_SUFFIX = ".weight_scale"
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj")
 _SCALE_BYTES = 4  # float32
 
@@ -32,7 +49,7 @@ class PlannedTensor:
     dtype: torch.dtype
     """In which it is held, or handed to be quantised."""
     split: TensorSplit | None
-    is_quantised: bool = False
+    form: Form = Form.PLAIN
 
     @property
     def own_shape(self) -> tuple[int, ...]:
@@ -43,9 +60,16 @@ class PlannedTensor:
     def num_bytes(self) -> int:
         """That it takes once it is loaded."""
         shape = self.own_shape
-        if self.is_quantised:
-            return math.prod(shape) + _SCALE_BYTES * shape[0]
-        return math.prod(shape) * self.dtype.itemsize
+        if self.form is Form.PLAIN:
+            return math.prod(shape) * self.dtype.itemsize
+        # A layer's scales are counted with its weight.
+        return 0 if self.form is Form.SCALES else math.prod(shape) + _SCALE_BYTES * shape[0]
+
+    @property
+    def staged_bytes(self) -> int:
+        """Beside that, while it becomes a layer."""
+        is_staged = self.form in (Form.TO_QUANTIZE, Form.QUANTIZED)
+        return math.prod(self.own_shape) * self.dtype.itemsize if is_staged else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,42 +88,58 @@ class WeightPlan:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     @property
-    def largest_quantised(self) -> int:
-        """Elements of the largest weight that is quantised; 0: none is."""
-        return max(
-            (math.prod(it.own_shape) for it in self.tensors.values() if it.is_quantised), default=0
-        )
+    def staged_bytes(self) -> int:
+        """Beside that, while the largest weight becomes a layer."""
+        return max((tensor.staged_bytes for tensor in self.tensors.values()), default=0)
 
 
 def plan_weights(
     model: PreTrainedModel,
     dtype: torch.dtype,
     quantization: Quantization,
-    sharding: Sharding | None = None,
+    sharding: Sharding | None,
+    entries: Mapping[str, TensorEntry],
 ) -> WeightPlan:
     """Say what a network on the meta device will hold, of one rank's part with `sharding`.
 
-    Raises ConfigError for a pattern of `quantization` that no layer matches.
+    `entries`: of the files, which say what is stored in INT8. Raises ConfigError for a pattern of
+    `quantization` that no layer matches.
     """
     layers = _quantised_layers(model, quantization)
+    form = Form.TO_QUANTIZE
+    if quantization.is_stored:
+        form = Form.QUANTIZED
+        layers = {name for name in layers if _is_stored(entries.get(f"{name}.weight"))}
     stacks = {
         name: module
         for name, module in model.named_modules()
         if is_experts(module) and any(layer.startswith(f"{name}.") for layer in layers)
     }
     tensors: dict[str, PlannedTensor] = {}
+
+    def add_layer(name: str, shape: tuple[int, ...], split: TensorSplit | None) -> None:
+        if not quantization.is_stored:
+            tensors[f"{name}.weight"] = PlannedTensor(shape, dtype, split, form)
+            return
+        tensors[f"{name}.weight"] = PlannedTensor(shape, torch.int8, split, form)
+        of_rows = split if split is not None and split.dim == 0 else None
+        scales = PlannedTensor((shape[0], 1), torch.float32, of_rows, Form.SCALES)
+        tensors[f"{name}{SCALES_SUFFIX}"] = scales
+
     for name, tensor in _loaded_tensors(model).items():
         shape, module = tuple(tensor.shape), name.rpartition(".")[0]
         split = sharding.split_of(name, shape) if sharding else None
         if module in stacks:
+            own_split = _split_in_stack(split)
             for expert, own_shape in _expert_layers(name, shape).items():
-                tensors[f"{expert}.weight"] = PlannedTensor(
-                    own_shape, dtype, _split_in_stack(split), expert in layers
-                )
-            continue
-        is_quantised = name == f"{module}.weight" and module in layers
-        kind = _target_dtype(model, name, dtype)
-        tensors[name] = PlannedTensor(shape, kind, split, is_quantised)
+                if expert in layers:
+                    add_layer(expert, own_shape, own_split)
+                else:
+                    tensors[f"{expert}.weight"] = PlannedTensor(own_shape, dtype, own_split)
+        elif name == f"{module}.weight" and module in layers:
+            add_layer(module, shape, split)
+        else:
+            tensors[name] = PlannedTensor(shape, _target_dtype(model, name, dtype), split)
     return WeightPlan(tensors, tuple(stacks))
 
 
@@ -138,12 +178,17 @@ def _quantised_layers(model: PreTrainedModel, quantization: Quantization) -> set
             for parameter, tensor in module.named_parameters(recurse=False):
                 found.update(_expert_layers(f"{name}.{parameter}", tuple(tensor.shape)))
     is_tied = model.config.tie_word_embeddings
-    if EMBEDDINGS in quantization.include or (is_tied and HEAD in quantization.include):
+    include = (EMBEDDINGS, HEAD) if quantization.is_stored else quantization.include
+    if EMBEDDINGS in include or (is_tied and HEAD in include):
         found.add(embedding_name(model))
-    if HEAD in quantization.include and not is_tied:
+    if HEAD in include and not is_tied:
         found.add(head_name(model))
     _check_patterns(quantization, found)
     return {name for name in found if not quantization.excludes(name)}
+
+
+def _is_stored(weight: TensorEntry | None) -> bool:
+    return weight is not None and weight.dtype == "int8"
 
 
 def _check_patterns(quantization: Quantization, layers: set[str]) -> None:

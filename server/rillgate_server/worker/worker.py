@@ -6,13 +6,15 @@ Owns the choice of types and threads. Does not know requests; sees block numbers
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
-from rillgate_server.core.quantization import Quantization
+from rillgate_server.core.quantization import Quantization, resolve_quantization
 from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
@@ -23,7 +25,6 @@ from rillgate_server.worker.kernels.library import load_kernels
 from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import KVTransfer
 from rillgate_server.worker.model_loader import (
-    QuantizeLinear,
     WeightStore,
     load_config,
     load_network,
@@ -45,6 +46,9 @@ from rillgate_server.worker.sharding import (
     connect_layers,
 )
 from rillgate_server.worker.weight_bytes import WeightBytes, measure_weights
+
+if TYPE_CHECKING:
+    from rillgate_server.worker.quantization.int8_triton import TritonInt8Linear
 
 _log = logging.getLogger(__name__)
 
@@ -123,11 +127,12 @@ class Worker:
         does not divide.
         """
         return_freed_memory()
-        spec = read_model_spec(model_dir).with_quantization(options.weights.version)
+        weights = resolve_quantization(options.weights, model_dir)
+        spec = read_model_spec(model_dir).with_quantization(weights.version)
         dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        store = _weight_store(options)
+        store = _weight_store(options, weights)
         sharding, collectives, ranks = None, None, 1
         if group is not None:
             collectives, ranks = group.collectives, group.place.ranks
@@ -135,7 +140,7 @@ class Worker:
             if store.device == CPU:  # which all ranks of the machine share
                 store = replace(store, free_bytes=store.free_bytes // group.num_local)
         model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, store)
-        weights = measure_weights(model)
+        weight_bytes = measure_weights(model)
         if collectives is not None:
             connect_embedding(model, collectives)
         kernels = load_kernels() if options.device == CPU else None
@@ -151,7 +156,7 @@ class Worker:
         shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
         layout = KVLayout.build(options.block_size_tokens, kv_dtype, shapes)
-        return cls(network, replace(spec, dtype=dtype), layout, options.device, weights)
+        return cls(network, replace(spec, dtype=dtype), layout, options.device, weight_bytes)
 
     def allocate_cache(
         self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
@@ -189,35 +194,35 @@ class Worker:
         return self._runner.execute(plan)
 
 
-def _weight_store(options: WorkerOptions) -> WeightStore:
+def _weight_store(options: WorkerOptions, weights: Quantization) -> WeightStore:
     """Say where weights go; raises ConfigError for what the device cannot compute."""
     store = WeightStore(options.device, free_bytes(options.device))
-    if options.quantization == NO_QUANTIZATION:
+    if weights.method == NO_QUANTIZATION:
         return store
     if options.device != CPU:
-        quantize = _quantize_on_gpu(options)
-        return replace(store, quantize=quantize, quantization=options.weights)
+        layer = _int8_on_gpu(options.device)
+        return replace(store, quantize=layer, restore=layer, quantization=weights)
     kernels = load_kernels()
     return replace(
         store,
         quantize=lambda weight: Int8Linear(weight, kernels),
-        quantization=options.weights,
+        restore=lambda weight, scales: Int8Linear(weight, kernels, scales),
+        quantization=weights,
     )
 
 
-def _quantize_on_gpu(options: WorkerOptions) -> QuantizeLinear:
-    """Return what makes layers there; raises ConfigError without Triton."""
+def _int8_on_gpu(device: torch.device) -> "type[TritonInt8Linear]":
+    """Return the layers' class there; raises ConfigError without Triton."""
     try:
         # Builds of torch for CPUs come without Triton.
-        from rillgate_server.worker.quantization.int8_triton import (  # noqa: PLC0415
-            TritonInt8Linear,
-        )
+        module = import_module("rillgate_server.worker.quantization.int8_triton")
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"model.quantization is {options.quantization} on {options.device}, which needs Triton "
+            f"model.quantization is int8 on {device}, which needs Triton "
             f"({error}); allowed without: none"
         ) from error
-    return TritonInt8Linear
+    layer: type[TritonInt8Linear] = module.TritonInt8Linear
+    return layer
 
 
 def check_ranks(model_dir: Path, ranks: int) -> None:

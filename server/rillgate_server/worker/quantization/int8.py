@@ -55,12 +55,21 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) 
 class Int8Linear(nn.Module):
     """`nn.Linear` with its weight in INT8, packed where there are kernels. State: none."""
 
-    def __init__(self, weight: Tensor, kernels: Kernels | None) -> None:
-        """Quantise `weight`, which is not kept."""
+    def __init__(
+        self, weight: Tensor, kernels: Kernels | None, scales: Tensor | None = None
+    ) -> None:
+        """Quantise `weight`, or take one in INT8 with its `scales`, [out_features], float32.
+
+        Neither is kept.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._kernels = kernels
-        plain, self.scales = quantize_weight(weight)
+        if scales is None:
+            plain, self.scales = quantize_weight(weight)
+        else:
+            plain = weight.clone() if kernels is None else weight
+            self.scales = scales.clone()
         self.weight = plain if kernels is None else kernels.pack_int8(plain)
         """[out_features, in_features], int8, or packed."""
         self.bias: nn.Parameter | None = None
