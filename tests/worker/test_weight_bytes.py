@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rillgate_server.worker.model_loader import WeightStore, load_network
+from rillgate_server.worker.model_loader import load_network
 from rillgate_server.worker.quantization.int8 import Int8Linear
 from rillgate_server.worker.weight_bytes import measure_weights
 
@@ -39,8 +39,10 @@ def test_int8_layers_take_a_byte_a_weight_and_a_scale_a_channel(
     checkpoint: Callable[[str], Path],
 ) -> None:
     """The head is none of them."""
-    store = WeightStore(torch.device("cpu"), 1 << 30, lambda weight: Int8Linear(weight, None))
-    network = load_network(checkpoint("llama"), torch.bfloat16, store=store)
+    network = load_network(checkpoint("llama"), torch.bfloat16)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            network.set_submodule(name, Int8Linear(module.weight.detach(), None))
     weights = measure_weights(network)
     assert weights.layers == LAYER_WEIGHTS + 4 * LAYER_CHANNELS
     assert weights.layers_in_bf16 == 2 * LAYER_WEIGHTS

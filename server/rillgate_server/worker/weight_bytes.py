@@ -1,8 +1,9 @@
 """How much memory a network's weights take, and how much its linear layers would take in bf16.
 
-Measured on the tensors of a loaded network, before its weights are packed for the kernels (the
-padding there, and a tied head that is packed beside its embedding, are not counted). Does not know
-how a layer is quantised: whatever tensors a linear layer keeps, in whatever attribute, are its own.
+Measured on the tensors of a loaded network: INT8 layers with the padding of the kernels (channels
+up to a multiple of 64), others before they are packed, and a tied head's packed copy beside its
+embedding not at all. Does not know how a layer is quantised: whatever tensors a linear layer keeps,
+in whatever attribute, are its own.
 """
 
 from collections.abc import Iterator
