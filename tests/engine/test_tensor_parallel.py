@@ -10,28 +10,34 @@ from typing import Any
 import pytest
 import torch
 
+from rillgate_server.config.groups import SpeculationConfig
 from rillgate_server.core.model_spec import CacheSizes
 from rillgate_server.core.sampling_params import SamplingParams
+from rillgate_server.engine.engine import Engine
 from rillgate_server.scheduler.scheduler import Scheduler
 from rillgate_server.worker.kernels.library import load_kernels
 from rillgate_server.worker.network.dense_decoder import DenseDecoder
 from rillgate_server.worker.worker import Worker, WorkerOptions
 from tests.support.checkpoints import KINDS, VOCAB_SIZE
+from tests.support.engine import NO_SPECULATION
 from tests.support.engine_run import (
     BATCHER,
     MAX_LOGPROB_ERROR,
     NUM_BLOCKS,
     NUM_HOST_BLOCKS,
     SWAPPING,
+    Recorder,
     Run,
     ask_twice,
     differences,
+    greedy_request,
     worst_logprob_error,
 )
 from tests.support.equality import mixed_prompts
 from tests.support.planner import Executes, Job, Planner
 from tests.support.ranks import RankPool, Split, split_model
 from tests.support.reference import Reference
+from tests.support.speculation import TableOfAnswers
 from tests.support.worker_fixtures import BLOCK_SIZE, MakeCheckpoint, MakeReference
 from tests.support.worker_fixtures import NUM_BLOCKS as MANY_BLOCKS
 
@@ -44,13 +50,15 @@ def pool() -> Iterator[RankPool]:
     pool.close()
 
 
-def swapping_run(split: Split, num_blocks: int) -> Run:
+def swapping_run(
+    split: Split, num_blocks: int, speculation: SpeculationConfig = NO_SPECULATION
+) -> Run:
     """Put the scheduler over a split model with both tiers, audited."""
     executor = split.executor
     sizes = CacheSizes(
         num_blocks, executor.layout.block_bytes, executor.layout.kv_dtype, NUM_HOST_BLOCKS
     )
-    return Run(executor, Scheduler(BATCHER, SWAPPING, executor.spec, sizes))
+    return Run(executor, Scheduler(BATCHER, SWAPPING, executor.spec, sizes, speculation))
 
 
 SIZES = {2: (12, NUM_BLOCKS), 4: (6, 20)}
@@ -84,6 +92,26 @@ def test_a_split_model_gets_the_tokens_of_generate(
             pairs = zip(got, expected, strict=True)
             errors = [worst_logprob_error(g, e) for g, e in pairs if g.tokens == e.tokens]
             assert max(errors) < MAX_LOGPROB_ERROR
+
+
+def test_accepted_drafts_reach_all_ranks(
+    pool: RankPool, checkpoint: MakeCheckpoint, reference: MakeReference
+) -> None:
+    """Rank 0 decides what is right; the others note all of it, and lose no position."""
+    _, expected = reference("llama")
+    num_prompts, num_blocks = 6, SIZES[2][1]
+    texts = [[*p, *it.tokens] for p, it in zip(mixed_prompts(), expected, strict=True)]
+    with split_model(pool, checkpoint("llama"), 2, num_blocks, NUM_HOST_BLOCKS) as split:
+        run = swapping_run(split, num_blocks, SpeculationConfig("draft-model", 4, "a table"))
+        run.recorder = Recorder(TableOfAnswers(split.executor, texts, lies=0.3))
+        run.engine = Engine(run.scheduler, run.recorder, run.clock)
+        for i in range(num_prompts):
+            run.add(greedy_request(i, mixed_prompts()[i]))
+        run.finish()
+        load = run.scheduler.load(run.clock.now())
+        assert load.num_drafted_tokens > load.num_accepted_tokens > 20
+        got = [run.got[i, 0] for i in range(num_prompts)]
+        assert differences(run, got, expected[:num_prompts]) == []
 
 
 def whole_worker(

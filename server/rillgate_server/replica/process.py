@@ -35,6 +35,7 @@ from rillgate_server.worker.compute_device import (
     find_device,
     free_memory,
 )
+from rillgate_server.worker.draft_model import check_draft_model
 from rillgate_server.worker.rank_executor import RankExecutor
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_loop import run_rank
@@ -56,6 +57,9 @@ def run_replica(settings: Settings, model_dir: Path) -> int:
     """
     configure_logging(settings.log.level)
     place = find_place(settings.replica, os.environ)
+    if settings.speculation.draft_model:
+        draft = read_model_spec(Path(settings.speculation.draft_model))
+        check_draft_model(draft, read_model_spec(model_dir))
     if place.is_door:
         check_doors(settings.replica, settings.link)
     if place.ranks == 1:
@@ -236,6 +240,9 @@ def _load_worker(
     )
     with loading_progress(sys.stdout, sys.stderr) as on_progress:
         worker = Worker.load(model_dir, options, on_progress, group)
+    if settings.speculation.draft_model and (group is None or group.place.rank == 0):
+        draft_dir = Path(settings.speculation.draft_model)
+        worker.use_draft_model(Worker.load(draft_dir, replace(options, kv_dtype="auto")))
     where = describe(device)
     _log.info(
         "loaded %s in %.1f s; computing on %s", model_dir, time.monotonic() - started_s, where
@@ -258,6 +265,7 @@ def _allocate_cache(
             settings.cache.block_size_tokens,
             worker.layout.block_bytes,
             worker.layout.kv_dtype,
+            worker.draft_block_bytes,
         ),
     )
     worker.allocate_cache(sizes.num_device_blocks, sizes.num_host_blocks, settings.cache.audit)

@@ -22,8 +22,9 @@ from rillgate_server.core.step import (
     TokenLogprobs,
 )
 from rillgate_server.core.step_codec import SampledTokens
-from rillgate_server.worker.attention.base import AttentionBackend, PackedStep
+from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.compute_device import CPU, wait_for
+from rillgate_server.worker.draft_model import DraftModel
 from rillgate_server.worker.input_batch import InputBatch
 from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.kv_transfer import KVTransfer
@@ -49,12 +50,17 @@ class ModelRunner:
         storage: KVStorage,
         transfer: KVTransfer,
         vocab_size: int,
+        draft_model: DraftModel | None = None,
     ) -> None:
-        """Run `network` with `attention` over `storage`, the device tier of `transfer`."""
+        """Run `network` with `attention` over `storage`, the device tier of `transfer`.
+
+        `draft_model` makes the proposals that plans ask for; None: there are none.
+        """
         self._network = network
         self._attention = attention
         self._storage = storage
         self._transfer = transfer
+        self._draft_model = draft_model
         self._batch = InputBatch(storage.layout.block_size_tokens, storage.num_blocks, vocab_size)
 
     def __repr__(self) -> str:
@@ -88,14 +94,16 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         begin = time.perf_counter()
-        self._storage.clear(self._batch.apply(plan))
+        filled_anew = self._batch.apply(plan)
+        self._storage.clear(filled_anew)
+        if self._draft_model is not None:
+            self._draft_model.begin(plan, filled_anew)
         if not plan.rows:
             return StepResult(plan.step_id, ())
         device = self._storage.bytes.device
-        step = self._batch.pack(plan.rows).on(device)
-        hidden = self._network.hidden(step.token_ids, step.positions, self._attention.prepare(step))
-        sampling_rows = [row for row in plan.rows if row.samples]
-        sampled_at = _sampled_positions(plan.rows).to(device)
+        hidden, rows = self._hidden(plan.rows)
+        sampling_rows = [row for row in rows if row.samples]
+        sampled_at = _sampled_positions(rows).to(device)
         logits = self._network.logits(hidden[sampled_at]) if sampling_rows else None
         if logits is not None:
             logits = logits.to(CPU)
@@ -105,16 +113,24 @@ class ModelRunner:
         sampled = self._sample(sampling_rows, logits)
         if logits is None:
             sampling_rows = []
-        self._clear_broken_drafts(plan.rows, step, hidden)
-        prompt_logprobs = self._prompt_logprobs(plan.rows, hidden)
+        prompt_logprobs = self._prompt_logprobs(rows, hidden)
         done = time.perf_counter()
-        return _result(
-            plan.step_id,
-            sampling_rows,
-            sampled,
-            prompt_logprobs,
-            StepTimes(model_s=computed - begin, sample_s=done - computed),
-        )
+        proposals, draft_s = self._propose(sampling_rows, sampled)
+        times = StepTimes(computed - begin, done - computed, draft_s)
+        result = _result(plan.step_id, sampling_rows, sampled, prompt_logprobs, times)
+        return replace(result, proposals=proposals) if any(proposals) else result
+
+    def _propose(
+        self, rows: Sequence[RowPlan], sampled: Sequence[Sequence[SampledToken]]
+    ) -> tuple[tuple[tuple[int, ...], ...], float]:
+        """Ask the draft model for what rows want; one entry per row, and the seconds it took."""
+        if self._draft_model is None or not any(row.num_proposals for row in rows):
+            return (), 0.0
+        wanted = [
+            (row.slot, row.num_proposals if tokens else 0)
+            for row, tokens in zip(rows, sampled, strict=True)
+        ]
+        return self._draft_model.propose(self._batch, wanted)
 
     def _sample(self, rows: Sequence[RowPlan], logits: Tensor | None) -> list[list[SampledToken]]:
         """Draw each row's tokens and note them in its slot; empty for a row that failed.
@@ -147,24 +163,21 @@ class ModelRunner:
                 break
         return sampled
 
-    def _clear_broken_drafts(
-        self, rows: Sequence[RowPlan], step: PackedStep, hidden: Tensor
-    ) -> None:
-        """Zero what drafts without a finite state left in the cache.
+    def _hidden(self, rows: Sequence[RowPlan]) -> tuple[Tensor, Sequence[RowPlan]]:
+        """Compute all rows' tokens; return their states and the rows that were computed.
 
-        Where they are rejected it lies behind the slot's tokens, masked but multiplied.
+        A draft without a finite state (of a token that breaks the model) lies behind its slot's
+        tokens, masked but multiplied: its own row would be lost by a guess. It is zeroed, and the
+        step computed again without drafts.
         """
-        if not any(row.draft_token_ids for row in rows):
-            return
-        is_draft = torch.zeros(len(hidden), dtype=torch.bool)
-        end = 0
-        for row in rows:
-            end += row.num_tokens
-            is_draft[end - len(row.draft_token_ids) : end] = True
-        is_broken = is_draft.to(hidden.device) & ~torch.isfinite(hidden).all(dim=-1)
-        if is_broken.any():
-            blocks, offsets = step.slot_mapping
-            self._storage.clear_tokens((blocks[is_broken], offsets[is_broken]))
+        step = self._batch.pack(rows).on(self._storage.bytes.device)
+        hidden = self._network.hidden(step.token_ids, step.positions, self._attention.prepare(step))
+        drafts = _draft_positions(rows).to(hidden.device)
+        if not len(drafts) or torch.isfinite(hidden[drafts]).all():
+            return hidden, rows
+        blocks, offsets = step.slot_mapping
+        self._storage.clear_tokens((blocks[drafts], offsets[drafts]))
+        return self._hidden([_without_drafts(row) for row in rows])
 
     def _prompt_logprobs(
         self, rows: Sequence[RowPlan], hidden: Tensor
@@ -196,6 +209,21 @@ class ModelRunner:
             if logits is not None:
                 logprobs.extend(token_logprobs(logits.to(CPU), token_ids, num_top))
         return tuple(logprobs)
+
+
+def _draft_positions(rows: Sequence[RowPlan]) -> Tensor:
+    """Return where in the packed step the drafts lie. [num_drafts], int64."""
+    found: list[int] = []
+    end = 0
+    for row in rows:
+        end += row.num_tokens
+        found.extend(range(end - len(row.draft_token_ids), end))
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _without_drafts(row: RowPlan) -> RowPlan:
+    num_known = row.num_tokens - len(row.draft_token_ids)
+    return replace(row, num_tokens=num_known, draft_token_ids=())
 
 
 def _sampled_positions(rows: Sequence[RowPlan]) -> Tensor:

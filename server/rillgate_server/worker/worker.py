@@ -21,14 +21,12 @@ from rillgate_server.errors import ConfigError, EngineFailure
 from rillgate_server.worker.allocator import keep_freed_memory, return_freed_memory
 from rillgate_server.worker.attention.choice import make_attention
 from rillgate_server.worker.compute_device import CPU, free_bytes
+from rillgate_server.worker.draft_model import DraftModel, DraftSize, check_draft_model
 from rillgate_server.worker.kernels.library import load_kernels
+from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.kv_tiers import reserve_tiers
-from rillgate_server.worker.kv_transfer import KVTransfer
-from rillgate_server.worker.model_loader import (
-    WeightStore,
-    load_config,
-    load_network,
-)
+from rillgate_server.worker.kv_transfer import BlockCopier, KVTransfer
+from rillgate_server.worker.model_loader import WeightStore, load_config, load_network
 from rillgate_server.worker.model_runner import ModelRunner
 from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.network.dense_decoder import DenseDecoder, can_compute
@@ -108,6 +106,7 @@ class Worker:
         self.num_pageable_host_blocks = 0
         """Of the host tier, where a GPU copies from it and its memory could not be pinned."""
         self._runner: ModelRunner | None = None
+        self._draft: Worker | None = None
 
     def __repr__(self) -> str:
         """Show model and state."""
@@ -158,6 +157,17 @@ class Worker:
         layout = KVLayout.build(options.block_size_tokens, kv_dtype, shapes)
         return cls(network, replace(spec, dtype=dtype), layout, options.device, weight_bytes)
 
+    @property
+    def draft_block_bytes(self) -> int:
+        """What the draft model's cache keeps beside each block of the device tier."""
+        return 0 if self._draft is None else self._draft.layout.block_bytes
+
+    def use_draft_model(self, draft: "Worker") -> None:
+        """Let a worker's model make proposals, from the next `allocate_cache` on; see
+        `check_draft_model`."""
+        check_draft_model(draft.spec, self.spec)
+        self._draft = draft
+
     def allocate_cache(
         self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
     ) -> None:
@@ -174,7 +184,20 @@ class Worker:
             tiers.device,
             KVTransfer(tiers, audit=audit),
             self.spec.vocab_size,
+            self._draft_model(tiers),
         )
+
+    def _draft_model(self, tiers: BlockCopier) -> DraftModel | None:
+        draft, storage = self._draft, tiers.device
+        if draft is None:
+            return None
+        # The pages of the tiers may not be there yet, and count as free.
+        taken_bytes = storage.num_bytes + tiers.host.num_bytes if self.device == CPU else 0
+        own = KVStorage(
+            draft.layout, storage.num_blocks, device=self.device, taken_bytes=taken_bytes
+        )
+        attention = make_attention(own, _DTYPES[draft.spec.dtype])
+        return DraftModel(draft.network, attention, own, DraftSize.of(draft.spec, self.spec))
 
     def close(self) -> None:
         """Give the cache up and end its copies."""
