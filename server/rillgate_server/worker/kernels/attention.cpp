@@ -1,7 +1,7 @@
 // Attention of a step's rows over block tables, bf16 queries, keys and values in bf16 or int8: flash attention's method
 // (Dao, https://arxiv.org/abs/2307.08691) over tiles of 64 tokens. Stores the step's keys and values first.
 //
-//     position   | 0 .. 63 | 64 .. 127 |  ...  | 1024 .. |        tiles lie at the same positions for every token
+//     position   | 0 .. 63 | 64 .. 127 |  ...  | 512 .. |         tiles lie at the same positions for every token
 //     split      | 0                           | 1                 each sums on its own; then they are added in order
 //
 // So a token's numbers hang on its own context alone: not on what else is in the batch, on how its prompt was cut, on
@@ -33,7 +33,7 @@ struct RgRows {
 namespace rillgate {
 namespace {
 
-constexpr int64_t kSplit = 1024;    // tokens
+constexpr int64_t kSplit = 512;     // tokens
 constexpr int64_t kQueryRows = 96;  // of a query tile, about: what is kept for them stays in the second-level cache
 
 // 2^x to about one unit in the last place (Cephes' polynomial), 0 below -150, and NaN for NaN.
@@ -69,9 +69,9 @@ struct Sums {
   }
 };
 
-// Query rows of one head of keys: `count` tokens from position `start` on, each with the group's heads.
+// Query rows of some heads of keys: `count` tokens from position `start` on, each with the group's heads.
 struct Queries {
-  const bf16* rows;  // [count * group, key_dim]
+  const bf16* rows;  // [heads of keys, count * group, key_dim]
   int64_t start, count, group, window;
 
   int64_t first_seen(int64_t token) const { return window ? std::max<int64_t>(0, start + token - window + 1) : 0; }
@@ -157,53 +157,93 @@ void add_values(const Work& work, const Tile& tile, const bf16* weights, float* 
   }
 }
 
-// Sum over the positions [begin, end) of one split, a tile at a time.
+// A run of positions [first, last) over a block table, taken from the tile at `begin` on.
+struct Stretch {
+  const int64_t* table;
+  int64_t begin, first, last;
+
+  void find(Places& places, int64_t block_size, int64_t at) const {
+    places.find(table, block_size, at, std::max(at, first), std::min(at + kTile, last));
+  }
+};
+
+// What the queries see of the positions [begin, end).
+Stretch seen_of(const Queries& queries, const int64_t* table, int64_t begin, int64_t end) {
+  const int64_t first = queries.first_seen(0);
+  return {table, std::max(begin, first / kTile * kTile), first, std::min(end, queries.start + queries.count)};
+}
+
+struct HeadRange {
+  int64_t first, count;
+};
+
+// Add a tile, which is packed, to one head's sums.
+template <bool Scaled>
+void add_tile(const Work& work, const Queries& queries, const Tile& tile, const Sums& sums, Upcoming& upcoming) {
+  // Tokens before the tile do not see it, nor do those whose window has left it behind.
+  int64_t first = std::max<int64_t>(0, tile.begin - queries.start);
+  int64_t last = queries.window ? std::min(queries.count, tile.begin + kTile - 1 + queries.window - queries.start) : queries.count;
+  int64_t row = first * queries.group, left = std::max<int64_t>(0, last - first) * queries.group;
+  for (int64_t tiles = (left + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+    int64_t count = (left + tiles - 1) / tiles;  // alike, since a tile of one row waits for its own sums
+    as_constant<kTileRows>(count, [&](auto number) {
+      constexpr int Rows = decltype(number)::value;
+      alignas(64) bf16 weights[Rows * kTile];
+      as_constant<kVectors>(tile.vectors, [&](auto vectors) {
+        weigh<Scaled, Rows, decltype(vectors)::value>(work, queries, tile, row, sums, weights);
+      });
+      upcoming.advance();
+      add_values<Rows>(work, tile, weights, sums.values + row * work.heads.value_dim);
+    });
+    upcoming.advance();
+    row += count, left -= count;
+  }
+}
+
+// Sum over what is seen of one split, a tile at a time, for some heads. sums: the first head's, the others behind it.
+// `after` is what comes next.
 template <typename T>
-void attend_split(const Work& work, const Queries& queries, const int64_t* table, int64_t kv_head, int64_t begin, int64_t end, const Sums& sums) {
+void attend_split(const Work& work, const Queries& queries, const Stretch& seen, const HeadRange& heads, float* sums, const Stretch* after) {
   constexpr bool Scaled = std::is_same_v<T, int8_t>;
   const RgCache& cache = work.cache;
-  const int64_t rows = queries.num_rows(), kv_heads = cache.kv_heads;
-  std::fill_n(sums.largest, rows, -INFINITY);
-  std::memset(sums.values, 0, rows * work.heads.value_dim * sizeof(float));
-  std::memset(work.lanes_of_totals, 0, rows * kLanes * sizeof(float));
-  const int64_t seen_first = queries.first_seen(0), seen_last = queries.start + queries.count;
-  end = std::min(end, seen_last);
-  Places now, next;
+  const int64_t rows = queries.num_rows(), kv_heads = cache.kv_heads, size = Sums::size(rows, work.heads.value_dim);
+  std::memset(sums, 0, heads.count * size * sizeof(float));
+  std::memset(work.lanes_of_totals, 0, heads.count * rows * kLanes * sizeof(float));
+  for (int64_t head = 0; head < heads.count; ++head)
+    std::fill_n(Sums::at(sums + head * size, rows, work.heads.value_dim).largest, rows, -INFINITY);
+  Places now;
+  Upcoming upcoming{cache, heads.first, heads.count, {}};
   Tile tile;
-  tile.begin = std::max(begin, seen_first / kTile * kTile);
-  auto find = [&](Places& places, int64_t at) { places.find(table, cache.block_size, at, std::max(at, seen_first), std::min(at + kTile, end)); };
-  if (tile.begin < end) find(now, tile.begin);
-  for (; tile.begin < end; tile.begin += kTile, now = next) {
-    tile.vectors = int((std::min<int64_t>(end - tile.begin, kTile) + kLanes - 1) / kLanes);
-    if (tile.begin + kTile < end) {
-      find(next, tile.begin + kTile);
-      prefetch(cache.keys, next, kv_heads, kv_head);
-      prefetch(cache.values, next, kv_heads, kv_head);
+  tile.begin = seen.begin;
+  if (tile.begin < seen.last) seen.find(now, cache.block_size, tile.begin);
+  for (; tile.begin < seen.last; tile.begin += kTile, now = upcoming.places) {
+    tile.vectors = int((std::min<int64_t>(seen.last - tile.begin, kTile) + kLanes - 1) / kLanes);
+    const bool is_last = tile.begin + kTile >= seen.last;
+    if (!is_last || after) {
+      is_last ? after->find(upcoming.places, cache.block_size, after->begin) : seen.find(upcoming.places, cache.block_size, tile.begin + kTile);
+      upcoming.begin(heads.count * (2 + 2 * ((rows + kTileRows - 1) / kTileRows)));
     }
-    pack_keys<T>(cache.keys, now, kv_heads, kv_head, tile.vectors, work.zeros, work.keys);
-    pack_values<T>(cache.values, now, kv_heads, kv_head, tile.vectors, work.zeros, work.values);
-    if constexpr (Scaled) {
-      load_scales(cache.keys, now, kv_heads, kv_head, tile.key_scales);
-      load_scales(cache.values, now, kv_heads, kv_head, tile.value_scales);
-    }
-    // Tokens before the tile do not see it, nor do those whose window has left it behind.
-    int64_t first = std::max<int64_t>(0, tile.begin - queries.start);
-    int64_t last = queries.window ? std::min(queries.count, tile.begin + kTile - 1 + queries.window - queries.start) : queries.count;
-    int64_t row = first * queries.group, left = std::max<int64_t>(0, last - first) * queries.group;
-    for (int64_t tiles = (left + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
-      int64_t count = (left + tiles - 1) / tiles;  // alike, since a tile of one row waits for its own sums
-      as_constant<kTileRows>(count, [&](auto number) {
-        constexpr int Rows = decltype(number)::value;
-        alignas(64) bf16 weights[Rows * kTile];
-        as_constant<kVectors>(tile.vectors, [&](auto vectors) {
-          weigh<Scaled, Rows, decltype(vectors)::value>(work, queries, tile, row, sums, weights);
-        });
-        add_values<Rows>(work, tile, weights, sums.values + row * work.heads.value_dim);
-      });
-      row += count, left -= count;
+    for (int64_t head = 0; head < heads.count; ++head) {
+      const int64_t kv_head = heads.first + head;
+      upcoming.advance();
+      pack_keys<T>(cache.keys, now, kv_heads, kv_head, tile.vectors, work.zeros, work.keys);
+      upcoming.advance();
+      pack_values<T>(cache.values, now, kv_heads, kv_head, tile.vectors, work.zeros, work.values);
+      if constexpr (Scaled) {
+        load_scales(cache.keys, now, kv_heads, kv_head, tile.key_scales);
+        load_scales(cache.values, now, kv_heads, kv_head, tile.value_scales);
+      }
+      Work own = work;
+      own.lanes_of_totals += head * rows * kLanes;
+      Queries of = queries;
+      of.rows += head * rows * work.heads.key_dim;
+      add_tile<Scaled>(own, of, tile, Sums::at(sums + head * size, rows, work.heads.value_dim), upcoming);
     }
   }
-  for (int64_t row = 0; row < rows; ++row) sums.total[row] = _mm512_reduce_add_ps(_mm512_load_ps(work.lanes_of_totals + row * kLanes));
+  for (int64_t head = 0; head < heads.count; ++head)
+    for (int64_t row = 0; row < rows; ++row)
+      Sums::at(sums + head * size, rows, work.heads.value_dim).total[row] =
+          _mm512_reduce_add_ps(_mm512_load_ps(work.lanes_of_totals + (head * rows + row) * kLanes));
 }
 
 // Add what a later split gave.
@@ -250,9 +290,11 @@ void store_vector(const RgVectors& to, const bf16* from, int64_t block, int64_t 
   }
 }
 
-// What one thread does at a time: a query tile of a row, for a head of keys, over some splits.
+// What one thread does at a time: a query tile of a row, for some heads of keys, over some splits.
 struct Unit {
-  int64_t row, token, count, kv_head, first_split, last_split, memory;  // memory: of its sums, -1: its result goes out
+  int64_t row, token, count;
+  HeadRange heads;
+  int64_t first_split, last_split, memory;  // memory: of its sums, -1: its result goes out
 };
 
 struct Plan {
@@ -263,23 +305,30 @@ struct Plan {
 Plan plan(const RgHeads& heads, const RgRows& rows, int threads) {
   const int64_t group = heads.heads / heads.kv_heads, most = std::max<int64_t>(1, kQueryRows / group);
   Plan found;
-  int64_t tiles = 0;
-  for (int64_t row = 0; row < rows.num_rows; ++row) tiles += (rows.counts[row] + most - 1) / most;
-  // Few tiles of long contexts: a split each, so that all threads have work.
-  const bool whole = tiles * heads.kv_heads >= 4 * threads;
+  int64_t tiles = 0, splits = 0;
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    tiles += (rows.counts[row] + most - 1) / most;
+    splits += (rows.starts[row] + rows.counts[row] - 1) / kSplit + 1;
+  }
+  // Few tiles of long contexts: a split each, so that all threads have work. All heads of few queries together: they
+  // lie side by side, and reading is what takes the time.
+  const bool are_many = tiles >= 4 * threads;
   for (int64_t row = 0; row < rows.num_rows; ++row)
     for (int64_t end = rows.counts[row]; end > 0; end -= most) {  // the longest context first
       int64_t token = std::max<int64_t>(0, end - most), position = rows.starts[row] + token;
       int64_t first = rows.window ? std::max<int64_t>(0, position - rows.window + 1) / kSplit : 0;
       int64_t last = (rows.starts[row] + end - 1) / kSplit + 1;
-      for (int64_t kv_head = 0; kv_head < heads.kv_heads; ++kv_head) {
-        if (whole || last - first == 1) {
-          found.units.push_back({row, token, end - token, kv_head, first, last, -1});
+      const bool is_short = (end - token) * heads.heads <= kQueryRows && splits >= 2 * threads;
+      const int64_t step = is_short ? heads.kv_heads : 1;
+      for (int64_t head = 0; head < heads.kv_heads; head += step) {
+        HeadRange of{head, step};
+        if (are_many || last - first == 1) {
+          found.units.push_back({row, token, end - token, of, first, last, -1});
           continue;
         }
         for (int64_t split = first; split < last; ++split) {
-          found.units.push_back({row, token, end - token, kv_head, split, split + 1, found.memory});
-          found.memory += Sums::size((end - token) * group, heads.value_dim);
+          found.units.push_back({row, token, end - token, of, split, split + 1, found.memory});
+          found.memory += step * Sums::size((end - token) * group, heads.value_dim);
         }
       }
     }
@@ -293,63 +342,82 @@ struct Step {
   const bf16* queries;  // [heads, num_tokens, key_dim]
   int64_t num_tokens;
   bf16* out;  // [num_tokens, heads, value_dim]
+  const std::vector<Unit>& units;
+  float* memory;
 
   int64_t group() const { return heads.heads / heads.kv_heads; }
+  int64_t num_rows(const Unit& unit) const { return unit.count * group(); }
+  int64_t size(const Unit& unit) const { return Sums::size(num_rows(unit), heads.value_dim); }
 
-  void put(const Unit& unit, const Sums& sums) const {
-    for (int64_t row = 0; row < unit.count * group(); ++row) {
-      int64_t token = rows.offsets[unit.row] + unit.token + row / group();
-      bf16* to = out + (token * heads.heads + unit.kv_head * group() + row % group()) * heads.value_dim;
-      const __m512 total = _mm512_set1_ps(sums.total[row]);
-      for (int64_t dim = 0; dim < heads.value_dim; dim += 16)
-        store16(to + dim, _mm512_div_ps(_mm512_loadu_ps(sums.values + row * heads.value_dim + dim), total), 0xffff);
+  void put(const Unit& unit, float* of_heads) const {
+    for (int64_t head = 0; head < unit.heads.count; ++head) {
+      const Sums sums = Sums::at(of_heads + head * size(unit), num_rows(unit), heads.value_dim);
+      for (int64_t row = 0; row < num_rows(unit); ++row) {
+        int64_t token = rows.offsets[unit.row] + unit.token + row / group();
+        bf16* to = out + (token * heads.heads + (unit.heads.first + head) * group() + row % group()) * heads.value_dim;
+        const __m512 total = _mm512_set1_ps(sums.total[row]);
+        for (int64_t dim = 0; dim < heads.value_dim; dim += 16)
+          store16(to + dim, _mm512_div_ps(_mm512_loadu_ps(sums.values + row * heads.value_dim + dim), total), 0xffff);
+      }
     }
   }
 
-  void run(const Unit& unit, float* memory) const {
+  void add(const Unit& unit, float* to, float* from) const {
+    for (int64_t head = 0; head < unit.heads.count; ++head)
+      add_split(Sums::at(to + head * size(unit), num_rows(unit), heads.value_dim), Sums::at(from + head * size(unit), num_rows(unit), heads.value_dim), num_rows(unit), heads.value_dim);
+  }
+
+  Queries queries_of(const Unit& unit, const bf16* packed) const {
+    return {packed, rows.starts[unit.row] + unit.token, unit.count, group(), rows.window};
+  }
+
+  Stretch stretch(const Unit& unit, int64_t split) const {
+    return seen_of(queries_of(unit, nullptr), rows.tables[unit.row], split * kSplit, (split + 1) * kSplit);
+  }
+
+  // after: what this thread probably takes next.
+  void run(const Unit& unit, const Unit* after) const {
     static thread_local Buffer of_work;
-    const int64_t num_rows = unit.count * group(), size = Sums::size(num_rows, heads.value_dim);
+    const int64_t all_rows = unit.heads.count * num_rows(unit), all_sums = unit.heads.count * size(unit);
     const int64_t padded = (heads.value_dim + kPanel - 1) / kPanel * kPanel, widest = std::max(heads.key_dim, padded);
     // In floats; all but the last two are whole cache lines.
-    const int64_t keys = heads.key_dim * kTile / 2, values = padded * kTile / 2, totals = num_rows * kLanes;
-    float* at = (float*)of_work.reserve((keys + values + totals + widest + num_rows * heads.key_dim / 2 + 2 * size + 64) * sizeof(float));
-    float *of_keys = at, *of_values = of_keys + keys, *of_totals = of_values + values, *zeros = of_totals + totals;
+    const int64_t keys = heads.key_dim * kTile / 2, values = padded * kTile / 2, totals = all_rows * kLanes;
+    float* of_keys = (float*)of_work.reserve((keys + values + totals + widest + all_rows * heads.key_dim / 2 + 2 * all_sums) * sizeof(float));
+    float *of_values = of_keys + keys, *of_totals = of_values + values, *zeros = of_totals + totals;
     bf16* packed = (bf16*)(zeros + widest);
-    float* own = zeros + widest + num_rows * heads.key_dim / 2;
+    float* own = zeros + widest + all_rows * heads.key_dim / 2;
     std::memset(zeros, 0, widest * sizeof(float));
-    for (int64_t row = 0; row < num_rows; ++row) {
-      int64_t token = rows.offsets[unit.row] + unit.token + row / group(), head = unit.kv_head * group() + row % group();
+    for (int64_t row = 0; row < all_rows; ++row) {
+      int64_t in_head = row % num_rows(unit), token = rows.offsets[unit.row] + unit.token + in_head / group();
+      int64_t head = (unit.heads.first + row / num_rows(unit)) * group() + in_head % group();
       std::memcpy(packed + row * heads.key_dim, queries + (head * num_tokens + token) * heads.key_dim, heads.key_dim * sizeof(bf16));
     }
     Work work{heads, cache, (bf16*)of_keys, (bf16*)of_values, zeros, of_totals};
-    Queries of{packed, rows.starts[unit.row] + unit.token, unit.count, group(), rows.window};
-    Sums sums = Sums::at(unit.memory < 0 ? own : memory + unit.memory, num_rows, heads.value_dim);
-    Sums other = Sums::at(own + size, num_rows, heads.value_dim);
+    float* sums = unit.memory < 0 ? own : memory + unit.memory;
     for (int64_t split = unit.first_split; split < unit.last_split; ++split) {
-      const Sums& into = split == unit.first_split ? sums : other;
+      Stretch next;
+      const bool is_last = split + 1 == unit.last_split;
+      if (!is_last || after) next = is_last ? stretch(*after, after->first_split) : stretch(unit, split + 1);
       auto attend = cache.keys.scales ? attend_split<int8_t> : attend_split<bf16>;
-      attend(work, of, rows.tables[unit.row], unit.kv_head, split * kSplit, (split + 1) * kSplit, into);
-      if (split != unit.first_split) add_split(sums, other, num_rows, heads.value_dim);
+      float* into = split == unit.first_split ? sums : own + all_sums;
+      attend(work, queries_of(unit, packed), stretch(unit, split), unit.heads, into, !is_last || after ? &next : nullptr);
+      if (split != unit.first_split) add(unit, sums, into);
     }
     if (unit.memory < 0) put(unit, sums);
   }
 
-  // Add up the splits of the query tile that begins with unit `index`.
-  void join(const std::vector<Unit>& units, size_t index, float* memory) const {
-    const Unit& unit = units[index];
-    const int64_t num_rows = unit.count * group();
-    Sums sums = Sums::at(memory + unit.memory, num_rows, heads.value_dim);
-    for (size_t next = index + 1; next < units.size() && !begins_tile(units, next) && units[next].memory >= 0; ++next)
-      add_split(sums, Sums::at(memory + units[next].memory, num_rows, heads.value_dim), num_rows, heads.value_dim);
-    put(unit, sums);
+  bool continues(size_t index) const {
+    if (index == 0) return false;
+    const Unit &unit = units[index], &before = units[index - 1];
+    return before.row == unit.row && before.token == unit.token && before.heads.first == unit.heads.first;
   }
 
-  bool begins_tile(const std::vector<Unit>& units, size_t index) const {
+  // Add up the splits of the query tile that begins with unit `index`, if one does.
+  void join(size_t index) const {
     const Unit& unit = units[index];
-    if (unit.memory < 0) return false;
-    if (index == 0) return true;
-    const Unit& before = units[index - 1];
-    return before.row != unit.row || before.token != unit.token || before.kv_head != unit.kv_head;
+    if (unit.memory < 0 || continues(index)) return;
+    for (size_t next = index + 1; next < units.size() && continues(next); ++next) add(unit, memory + unit.memory, memory + units[next].memory);
+    put(unit, memory + unit.memory);
   }
 };
 
@@ -360,8 +428,8 @@ extern "C" void rg_attend(const RgHeads* heads, const RgCache* cache, const RgNe
   static thread_local Buffer of_sums;
   const int64_t num_tokens = added->num_tokens, kv_heads = heads->kv_heads;
   const Plan work = plan(*heads, *rows, threads);
-  const Step step{*heads, *cache, *rows, queries, num_tokens, out};
   float* memory = (float*)of_sums.reserve(work.memory * sizeof(float));
+  const Step step{*heads, *cache, *rows, queries, num_tokens, out, work.units, memory};
   const int64_t num_units = work.units.size();
 #pragma omp parallel num_threads(threads)
   {
@@ -373,11 +441,10 @@ extern "C" void rg_attend(const RgHeads* heads, const RgCache* cache, const RgNe
     }
     // Contexts differ in length: whoever is free takes the next.
 #pragma omp for schedule(dynamic)
-    for (int64_t index = 0; index < num_units; ++index) step.run(work.units[index], memory);
+    for (int64_t index = 0; index < num_units; ++index) step.run(work.units[index], index + threads < num_units ? &work.units[index + threads] : nullptr);
     if (work.memory) {
 #pragma omp for
-      for (int64_t index = 0; index < num_units; ++index)
-        if (step.begins_tile(work.units, index)) step.join(work.units, index, memory);
+      for (int64_t index = 0; index < num_units; ++index) step.join(index);
     }
   }
 }

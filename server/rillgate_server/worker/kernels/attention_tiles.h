@@ -133,15 +133,33 @@ inline void load_scales(const RgVectors& of, const Places& places, int64_t kv_he
     to[i] = places.blocks[i] < 0 ? 0.0f : to_float(of.scales[places.blocks[i] * of.scale_stride + places.offsets[i] * kv_heads + head]);
 }
 
-// Have a tile of a head's vectors come into the cache.
-inline void prefetch(const RgVectors& of, const Places& places, int64_t kv_heads, int64_t head) {
-  const int64_t size = of.scales ? 1 : 2;
-  for (int i = 0; i < kTile; ++i) {
-    if (places.blocks[i] < 0) continue;
-    const char* from = (const char*)of.elements + (places.blocks[i] * of.stride + (places.offsets[i] * kv_heads + head) * of.dim) * size;
-    for (int64_t at = 0; at < of.dim * size; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
+// A tile that comes into the cache bit by bit while another one is computed: all at once would wait for memory, and
+// nothing would be computed meanwhile.
+struct Upcoming {
+  const RgCache& cache;
+  int64_t head, heads;  // of keys
+  Places places;
+  int next = kTile, step = 0;  // tokens
+
+  void begin(int64_t num_parts) { next = 0, step = int((kTile + num_parts - 1) / num_parts); }
+
+  // Always inline: GCC takes a call that only prefetches for one without effect, and drops it.
+  [[gnu::always_inline]] inline void advance() {
+    for (int last = std::min(kTile, next + step); next < last; ++next) {
+      if (places.blocks[next] < 0) continue;
+      fetch(cache.keys);
+      fetch(cache.values);
+    }
   }
-}
+
+ private:
+  [[gnu::always_inline]] inline void fetch(const RgVectors& of) {
+    const int64_t size = of.scales ? 1 : 2;
+    const char* from = (const char*)of.elements + (places.blocks[next] * of.stride + (places.offsets[next] * cache.kv_heads + head) * of.dim) * size;
+    for (int64_t at = 0; at < heads * of.dim * size; at += 64) _mm_prefetch(from + at, _MM_HINT_T1);
+    if (of.scales) _mm_prefetch((const char*)(of.scales + places.blocks[next] * of.scale_stride + places.offsets[next] * cache.kv_heads), _MM_HINT_T1);
+  }
+};
 
 // Sums over `steps` pairs of panel columns and rows x, `stride` elements apart.
 template <int Rows, int Vectors>
