@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help setup demo demo-failover test test-long lint fmt proto bench bench-int8 bench-peers bench-kv bench-replicas gpu-check clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(SETUP_DONE) $(KERNELS)/kernels.so ## make .venv with everything pinned, and the C++ kernels (TORCH_INDEX=URL takes torch from another index)
 $(SETUP_DONE): pyproject.toml constraints.txt package.json package-lock.json tools/setup.sh
