@@ -13,7 +13,7 @@ def _parameters(shape: str) -> dict[str, torch.nn.Parameter]:
 
 
 def test_read_bytes_are_those_of_the_networks_matrices_and_scales() -> None:
-    """Counted again from transformers' parameters: layers, scales per channel, head, no embedding."""
+    """Counted again from transformers' parameters: layers, scales, head, and no embedding."""
     for name, shape in SHAPES.items():
         matrices = {key: it for key, it in _parameters(name).items() if it.dim() == 2}
         layers = [it for key, it in matrices.items() if ".layers." in key]
