@@ -22,8 +22,8 @@ from benchmarks.results_file import ROOT
 BENCH = ROOT / ".bench"
 _CONVERTED = BENCH / "converted"
 _LLAMA_PACKAGE = "llama-cpp-python"
-_LLAMA_OPTIONS = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF"
-"""All that this processor has (`GGML_NATIVE`), and only the library."""
+_LLAMA_OPTIONS = "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF"
+"""All that this processor has."""
 
 
 class PeerMissing(Exception):
@@ -105,7 +105,7 @@ def _openvino_checkpoint(peer: Peer, python: Path, model_dir: Path, make: bool) 
     shutil.rmtree(unfinished, ignore_errors=True)
     _run(
         [
-            *(str(python.parent / "optimum-cli"), "export", "openvino"),
+            *(str(python), "-m", "optimum.commands.optimum_cli", "export", "openvino"),
             *("--model", str(model_dir), "--task", "text-generation-with-past"),
             *("--weight-format", kept, str(unfinished)),
         ],
