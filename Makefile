@@ -7,15 +7,15 @@ KERNELS := server/rillgate_server/worker/kernels
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-long lint fmt proto bench bench-kv bench-replicas gpu-check clean
+.PHONY: help setup demo demo-failover test test-long lint fmt proto bench bench-int8 bench-peers bench-kv bench-replicas gpu-check clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(SETUP_DONE) $(KERNELS)/kernels.so ## make .venv with everything pinned, and the C++ kernels (TORCH_INDEX=URL takes torch from another index)
+setup: $(SETUP_DONE) $(KERNELS)/kernels-avx2.so ## make .venv with everything pinned, and the C++ kernels (TORCH_INDEX=URL takes torch from another index)
 $(SETUP_DONE): pyproject.toml constraints.txt package.json package-lock.json tools/setup.sh
 	@tools/setup.sh "$(PYTHON)" "$(TORCH_INDEX)" && touch $@
-$(KERNELS)/kernels.so: $(SETUP_DONE) $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h $(KERNELS)/build.py)
+$(KERNELS)/kernels-avx2.so: $(SETUP_DONE) $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h $(KERNELS)/build.py)
 	@$(BIN)/python -m rillgate_server.worker.kernels.build
 
 demo: setup ## serve the bundled model, stream an answer, show the numbers, stop
@@ -41,6 +41,12 @@ proto: setup ## regenerate the code beside the .proto files
 
 bench: setup ## compare with transformers on this machine; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.compare_cpu
+
+bench-int8: setup ## measure INT8 and bf16, in turn with the peers that are there; writes benchmarks/results/
+	@$(BIN)/python -m benchmarks.int8
+
+bench-peers: setup ## install OpenVINO and llama.cpp into .bench and measure them; writes benchmarks/results/
+	@$(BIN)/python -m benchmarks.peers.compare
 
 gpu-check: setup ## check and measure what needs an NVIDIA GPU; says what it skipped without one
 	@$(BIN)/python -m pytest -q -r fE tests/gpu

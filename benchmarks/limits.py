@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-_READ_BYTES = 1 << 30
+_READ_BYTES = 800 << 20
 """Far larger than any cache."""
 _MATRIX = 2048
 """Rows and columns: large enough for the full rate, small enough for a tenth of a second."""
@@ -26,7 +26,7 @@ class MachineLimits:
     """The same, of INT8 products summed in 32 bits."""
 
 
-def measure_limits(num_tries: int = 5) -> MachineLimits:
+def measure_limits(num_tries: int = 7) -> MachineLimits:
     """Measure both with torch's current number of threads."""
     data = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
     read_s = _best(lambda: data.sum(), num_tries)

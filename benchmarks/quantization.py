@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.compare_cpu import NUM_OUTPUT_TOKENS, PromptMaker, linear_elements
 from benchmarks.contestants.engine_alone import EngineContestant
+from benchmarks.contestants.protocol import Message
 from benchmarks.limits import MachineLimits, measure_limits
 from benchmarks.random_checkpoint import QWEN_0_5B, make_checkpoint
 from benchmarks.results_file import ROOT, write_results
@@ -40,7 +41,8 @@ def measure(num_rounds: int) -> tuple[Answers, list[MachineLimits]]:
         for streams in CONCURRENCIES:
             prompts = maker.make(streams)
             for name, engine in engines.items():
-                request = {"prompts": prompts, "num_output_tokens": NUM_OUTPUT_TOKENS}
+                request: Message = {"mode": "engine", "prompts": prompts}
+                request["num_output_tokens"] = NUM_OUTPUT_TOKENS
                 answer = engine.answer(request)
                 if number:  # the first round warms up
                     answers.setdefault((name, streams), []).append(answer)

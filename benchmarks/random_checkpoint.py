@@ -23,6 +23,16 @@ QWEN_0_5B = {
 }
 """Qwen2.5-0.5B, with a vocabulary of 32,000."""
 
+QWEN_1_5B = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "vocab_size": 32000,
+}
+"""Qwen2.5-1.5B, the same."""
+
 
 def make_checkpoint(directory: Path, shape: dict[str, int], dtype: torch.dtype) -> Path:
     """Write a random Qwen2 checkpoint into `directory`, unless it is there; return it."""

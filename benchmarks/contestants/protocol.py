@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]  # Any: JSON
@@ -27,11 +28,16 @@ def serve(answer: Callable[[Message], Message]) -> None:
 class Contestant:
     """A contestant's process, as seen by `compare_cpu`."""
 
-    def __init__(self, module: str, arguments: Sequence[str]) -> None:
-        """Start `python -m module arguments` and wait until it is ready."""
+    def __init__(
+        self, module: str, arguments: Sequence[str], python: str | Path = sys.executable
+    ) -> None:
+        """Start `python -m module arguments` and wait until it is ready.
+
+        Raises RuntimeError where it ends instead.
+        """
         self._module = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [python, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

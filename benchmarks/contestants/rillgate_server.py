@@ -14,9 +14,11 @@ from types import TracebackType
 import grpc
 import psutil
 
+from benchmarks.contestants.decode_rate import steady_decode_rate
 from benchmarks.contestants.protocol import Message
 from rillgate import AsyncClient
 from rillgate.types import Usage
+from rillgate_server.core.model_spec import NO_QUANTIZATION
 
 _SAMPLE_PERIOD_S = 0.05
 _CACHE_BYTES = 128 << 20
@@ -27,9 +29,10 @@ what else the replica takes."""
 class RillgateContestant:
     """A running server, and the memory of its replica."""
 
-    def __init__(self, model_dir: str) -> None:
+    def __init__(self, model_dir: str, quantization: str = NO_QUANTIZATION) -> None:
         """Name the checkpoint; `with` starts and stops the server."""
         self._model_dir = model_dir
+        self._quantization = quantization
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._target = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -42,6 +45,7 @@ class RillgateContestant:
             [
                 *(sys.executable, "-m", "rillgate_server.cli", "serve"),
                 *("--listen", self._target, "--model", self._model_dir),
+                *("--quantization", self._quantization),
                 *("--set", f"cache.device_memory={_CACHE_BYTES}"),
             ],
             stdout=sys.stderr,
@@ -75,15 +79,21 @@ class RillgateContestant:
             seconds = time.perf_counter() - begin
         return {
             "seconds": seconds,
-            "num_output_tokens": sum(one.num_tokens for one in received),
+            "num_output_tokens": sum(len(one.arrivals) for one in received),
+            "decode_tokens_per_s": steady_decode_rate([one.arrivals for one in received]),
             "ttft_s": sorted(one.ttft_s for one in received)[len(received) // 2],
             "cached_tokens": sum(one.usage.cached_tokens for one in received),
             "preemptions": sum(one.usage.num_preemptions for one in received),
         }
 
-    def memory_row(self) -> Message:
-        """Say what the replica took at most, beside what it was given."""
-        weights = sum(path.stat().st_size for path in Path(self._model_dir).glob("*.safetensors"))
+    def memory_row(self, weights: int | None = None) -> Message:
+        """Say what the replica took at most, beside its cache and the bytes of its weights.
+
+        None: the checkpoint's.
+        """
+        if weights is None:
+            files = Path(self._model_dir).glob("*.safetensors")
+            weights = sum(path.stat().st_size for path in files)
         return {
             "contestant": "rillgate replica memory",
             "peak_anonymous_mb": round(max(self._peak_bytes) / 1e6, 1),
@@ -106,7 +116,8 @@ class RillgateContestant:
 class _Received:
     """One stream, as the client saw it."""
 
-    num_tokens: int
+    arrivals: Sequence[float]
+    """When each token came, in seconds."""
     ttft_s: float
     """Seconds until its first token."""
     usage: Usage
@@ -115,17 +126,16 @@ class _Received:
 async def _receive(client: AsyncClient, prompt: Sequence[int], num_output_tokens: int) -> _Received:
     """Read one stream to its end."""
     begin = time.perf_counter()
-    num_tokens, ttft_s, usage = 0, 0.0, None
+    arrivals: list[float] = []
+    usage = None
     stream = client.stream(
         list(prompt), max_tokens=num_output_tokens, ignore_eos=True, temperature=0.0
     )
     async for chunk in stream:
-        if chunk.token_ids and not num_tokens:
-            ttft_s = time.perf_counter() - begin
-        num_tokens += len(chunk.token_ids)
+        arrivals += [time.perf_counter()] * len(chunk.token_ids)
         usage = chunk.usage or usage
     assert usage is not None, "a stream without an end"
-    return _Received(num_tokens, ttft_s, usage)
+    return _Received(arrivals, arrivals[0] - begin, usage)
 
 
 def _anonymous_bytes(pid: int) -> int:

@@ -18,6 +18,7 @@ from rillgate.types import (
     Messages,
     Priority,
     Prompt,
+    Speculation,
 )
 from rillgate_proto.v1 import control_pb2
 from rillgate_proto.v1 import inference_pb2 as pb
@@ -52,6 +53,13 @@ _PRIORITIES = {
     Priority.LOW: pb.PRIORITY_LOW,
 }
 
+_SPECULATIONS = {
+    Speculation.OFF: pb.SPECULATION_OFF,
+    Speculation.PROMPT_LOOKUP: pb.SPECULATION_PROMPT_LOOKUP,
+    Speculation.DRAFT_MODEL: pb.SPECULATION_DRAFT_MODEL,
+    Speculation.AUTO: pb.SPECULATION_AUTO,
+}
+
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
     """Build the request; raise TypeError for an option that does not exist."""
@@ -75,6 +83,10 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReq
     if priority is not None:
         with _field("priority"):
             request.priority = _PRIORITIES[Priority(priority)]
+    speculation = options.get("speculation")
+    if speculation is not None:
+        with _field("speculation"):
+            request.speculation = _SPECULATIONS[Speculation(speculation)]
     continuation = options.get("continuation")
     if continuation is not None:
         _set_continuation(request.continuation, continuation)

@@ -73,6 +73,8 @@ def _to_replica(message: control_pb2.ReplicaStatus) -> ReplicaStatus:
         tensor_parallel_size=message.tensor_parallel_size,
         num_streams=message.num_streams,
         num_announced_blocks=message.num_announced_blocks,
+        num_drafted_tokens=message.num_drafted_tokens,
+        num_accepted_tokens=message.num_accepted_tokens,
     )
 
 

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from rillgate._convert_response import to_reason
 from rillgate._fake_wire import MAX_CONTEXT_TOKENS, MODEL_VERSION
 from rillgate.errors import FieldViolation
-from rillgate.types import ChatMessage, ContinuedChoice, FinishReason, Priority
+from rillgate.types import ChatMessage, ContinuedChoice, FinishReason, Priority, Speculation
 from rillgate_proto.v1 import inference_pb2 as pb
 
 _REASONS = {
@@ -24,6 +24,12 @@ _PRIORITIES: dict[int, str] = {
     pb.PRIORITY_HIGH: Priority.HIGH.value,
     pb.PRIORITY_NORMAL: Priority.NORMAL.value,
     pb.PRIORITY_LOW: Priority.LOW.value,
+}
+_SPECULATIONS: dict[int, str] = {
+    pb.SPECULATION_OFF: Speculation.OFF.value,
+    pb.SPECULATION_PROMPT_LOOKUP: Speculation.PROMPT_LOOKUP.value,
+    pb.SPECULATION_DRAFT_MODEL: Speculation.DRAFT_MODEL.value,
+    pb.SPECULATION_AUTO: Speculation.AUTO.value,
 }
 
 
@@ -101,6 +107,8 @@ def to_request(message: pb.GenerateRequest, timeout_s: float | None) -> FakeRequ
     options: dict[str, object] = {"model": message.model} if message.model else {}
     if message.priority:
         options["priority"] = _PRIORITIES[message.priority]
+    if message.speculation:
+        options["speculation"] = _SPECULATIONS[message.speculation]
     for group in (message.sampling, message.stopping, message.response):
         for descriptor, value in group.ListFields():
             name = "stop" if descriptor.name == "stop_strings" else descriptor.name

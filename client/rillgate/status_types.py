@@ -169,6 +169,10 @@ class ReplicaStatus:
     """Streams of the gateway that it answers now."""
     num_announced_blocks: int = 0
     """Cached blocks that the gateway's router knows of."""
+    num_drafted_tokens: int = 0
+    """Drafts (tokens tried before they were drawn), since the start."""
+    num_accepted_tokens: int = 0
+    """Those of them that were accepted."""
 
 
 @dataclass(frozen=True, slots=True)

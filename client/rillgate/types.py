@@ -49,6 +49,18 @@ class Priority(Enum):
     """It can wait."""
 
 
+class Speculation(Enum):
+    """Which tokens are tried ahead; it changes no token, only the time."""
+
+    OFF = "off"
+    PROMPT_LOOKUP = "prompt-lookup"
+    """What followed the same tokens earlier in the prompt or the answer."""
+    DRAFT_MODEL = "draft-model"
+    """A small model's, where the server has one."""
+    AUTO = "auto"
+    """Either, as far as it pays."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Natural log-probabilities at one position, from the raw logits."""
@@ -240,6 +252,8 @@ class GenerateOptions(TypedDict, total=False):
     """Goes on from tokens that are already there; give the same prompt and options again."""
     priority: Priority | Literal["high", "normal", "low"]
     """Who goes first where requests wait. Default: normal."""
+    speculation: Speculation | Literal["off", "prompt-lookup", "draft-model", "auto"]
+    """Which tokens are tried ahead. Default: as the server is set."""
     timeout_s: float
     """The deadline, from now: by then the answer ends with what there is. Default: the client's."""
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from rillgate.cli.main import main as client_main
 from rillgate_server.cli.__main__ import main
-from rillgate_server.cli.commands import add_commands, settings_of
+from rillgate_server.cli.commands import EXIT_OPERATOR, add_commands, settings_of
 from rillgate_server.cli.model_source import resolve_model
 from rillgate_server.config.groups import ModelConfig
 from rillgate_server.config.settings import bundled_model_dir
 from rillgate_server.errors import CheckpointError
+from tests.support.checkpoints import make_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +138,16 @@ def test_a_hub_id_without_a_network_is_a_clear_error() -> None:
     """It says that it is no directory, and what the hub's library said."""
     with pytest.raises(CheckpointError, match=r"no directory here, and the hub did not give it"):
         resolve_model(ModelConfig(path="nobody/nothing"))
+
+
+def test_a_checkpoint_is_quantised_below_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the client's own command of that name; a directory with something in it is refused."""
+    source = make_checkpoint(tmp_path / "model", "llama")
+    arguments = ["models", "quantize", str(source), str(tmp_path / "out"), "--include", "head"]
+    assert client_main(arguments) == 0
+    assert "MB of weights in int8, before" in capsys.readouterr().out
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert main(arguments) == EXIT_OPERATOR
+    assert "out is not empty; allowed: a directory that is new or empty" in capsys.readouterr().err

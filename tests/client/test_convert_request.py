@@ -15,6 +15,7 @@ from rillgate.types import (
     Messages,
     Priority,
     Prompt,
+    Speculation,
 )
 from rillgate_proto.v1 import inference_pb2 as pb
 
@@ -53,7 +54,7 @@ def test_an_option_fills_its_field_and_no_other(name: str) -> None:
 
 def test_every_option_is_known_to_these_tests() -> None:
     """An option that is added gets its test."""
-    special = {"model", "stop", "priority", "continuation", "timeout_s"}
+    special = {"model", "stop", "priority", "speculation", "continuation", "timeout_s"}
     assert set(GenerateOptions.__annotations__) == set(_VALUES) | special
 
 
@@ -72,6 +73,15 @@ def test_stop_takes_one_text_or_several() -> None:
 def test_a_priority_is_a_value_or_its_name(priority: Any) -> None:
     """Both are sent as the class; no priority sets no field."""
     assert generate_request("p", {"priority": priority}).priority == pb.PRIORITY_LOW
+
+
+@pytest.mark.parametrize("method", Speculation)
+def test_a_kind_of_speculation_is_a_value_or_its_name(method: Speculation) -> None:
+    """Each is sent as itself; none sets no field."""
+    name = f"SPECULATION_{method.name}"
+    for given in (method, method.value):
+        sent = generate_request("p", cast(GenerateOptions, {"speculation": given})).speculation
+        assert pb.Speculation.Name(sent) == name
 
 
 def test_a_misspelt_option_is_an_error_with_a_hint() -> None:
@@ -128,6 +138,7 @@ def test_a_message_with_other_keys_is_an_error(message: dict[str, str]) -> None:
         ("p", {"logit_bias": {-1: 0.5}}, "sampling.logit_bias"),
         ("p", {"model": "\ud800"}, "model"),
         ("p", {"priority": "urgent"}, "priority"),
+        ("p", {"speculation": "wild"}, "speculation"),
     ],
 )
 def test_what_the_wire_cannot_carry_is_an_invalid_request(

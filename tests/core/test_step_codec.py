@@ -43,7 +43,7 @@ def test_a_report_survives_its_bytes(report: RankReport) -> None:
         (StepPlan, 5),
         (SlotStart, 6),
         (SamplingParams, 13),
-        (RowPlan, 6),
+        (RowPlan, 8),
         (CopyJob, 4),
         (CopyDone, 7),
     ],
@@ -67,3 +67,11 @@ def test_a_row_that_failed_gives_no_token_to_note() -> None:
     rows = (RowPlan(3, 0, 1), RowPlan(4, 0, 2, samples=False), RowPlan(5, 0, 1))
     result = StepResult(7, ((), (11,)))
     assert sampled_tokens(StepPlan(7, (), rows), result) == ((5, 11),)
+
+
+def test_all_tokens_of_a_row_with_drafts_are_noted() -> None:
+    """The accepted drafts and the token behind them, in order."""
+    rows = (RowPlan(3, 0, 4, draft_token_ids=(7, 8, 9)), RowPlan(4, 0, 1))
+    result = StepResult(7, ((7, 8, 1), (2,)))
+    expected = ((3, 7), (3, 8), (3, 1), (4, 2))
+    assert sampled_tokens(StepPlan(7, (), rows), result) == expected

@@ -23,6 +23,7 @@ from rillgate_server.core.request import (
     RejectReason,
     Request,
     RequestRejected,
+    Speculation,
 )
 from rillgate_server.gateway.inference import deadline_margin_s
 from rillgate_server.gateway.process import Gateway
@@ -190,6 +191,54 @@ async def test_a_priority_that_does_not_exist_is_refused() -> None:
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "priority is 9; allowed: " in (caught.value.details() or "")
         assert stack.replica.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (pb.SPECULATION_UNSPECIFIED, None),
+        (pb.SPECULATION_OFF, Speculation.OFF),
+        (pb.SPECULATION_PROMPT_LOOKUP, Speculation.PROMPT_LOOKUP),
+        (pb.SPECULATION_DRAFT_MODEL, Speculation.DRAFT_MODEL),
+        (pb.SPECULATION_AUTO, Speculation.AUTO),
+    ],
+)
+async def test_the_kind_of_speculation_reaches_the_engine(
+    asked: pb.Speculation, expected: Speculation | None
+) -> None:
+    """Each kind; unset is for the replica to say."""
+    async with refusing(NOW) as (address, engine), open_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Complete(pb.CompleteRequest(request=request(speculation=asked)))
+        assert [it.speculation for it in engine.requests] == [expected]
+
+
+async def test_a_draft_model_that_is_not_there_is_refused_by_name() -> None:
+    """Field, value and what is allowed; nothing of the request runs."""
+    async with running_stack() as stack:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await generate(stack, request(speculation=pb.SPECULATION_DRAFT_MODEL))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        details = caught.value.details() or ""
+        assert "speculation is draft-model; allowed: off, prompt-lookup or auto" in details
+
+
+@pytest.mark.parametrize("method", [pb.SPECULATION_PROMPT_LOOKUP, pb.SPECULATION_AUTO])
+async def test_drafts_change_no_answer_of_the_gateway(method: pb.Speculation) -> None:
+    """The whole path, with tokens that come several at a time."""
+    async with running_stack() as stack:
+        plain = await generate(stack, request(speculation=pb.SPECULATION_OFF))
+        again = await generate(stack, request(speculation=method))
+        assert again.text() == plain.text()
+
+
+async def test_a_kind_of_speculation_that_does_not_exist_is_refused() -> None:
+    """By name, like any other value."""
+    async with running_stack() as stack:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await generate(stack, request(speculation=9))
+        assert "speculation is 9; allowed: " in (caught.value.details() or "")
 
 
 async def test_a_flushed_cache_has_forgotten_every_prompt() -> None:

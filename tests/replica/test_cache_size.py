@@ -1,5 +1,7 @@
 """How many blocks each tier of the cache gets."""
 
+from dataclasses import replace
+
 import pytest
 
 from rillgate_server.config.groups import CacheConfig
@@ -101,6 +103,14 @@ def test_a_size_that_is_not_free_says_needed_and_free(
     """Each tier alone, and both where they share a memory."""
     with pytest.raises(OutOfMemory, match=says):
         sizes(device, host, free)
+
+
+def test_a_draft_model_s_cache_is_paid_from_the_device_tier() -> None:
+    """Fewer device blocks, as many host blocks; a tier too small for both is refused."""
+    demand = replace(CONTEXT, draft_block_bytes=BLOCK_BYTES // 4)
+    assert sizes("5MB", "5MB", on_cpu(10 * MEGABYTE), demand) == (40, 50)
+    with pytest.raises(ConfigError, match="6 blocks of 125000 bytes, but one request"):
+        sizes("800KB", "0", on_cpu(10 * MEGABYTE), demand)
 
 
 def test_a_device_tier_below_one_request_of_the_context_length_is_refused() -> None:

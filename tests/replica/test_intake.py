@@ -8,6 +8,7 @@ from rillgate_server.core.request import (
     Rejection,
     RejectReason,
     Request,
+    Speculation,
     Tenant,
 )
 from rillgate_server.core.sampling_params import SamplingParams
@@ -55,11 +56,13 @@ def test_the_account_arrives_unchanged() -> None:
         make_submission(
             tenant=Tenant("a", 2.0),
             priority=PriorityClass.LOW,
+            speculation=Speculation.AUTO,
             num_shared_prefix_tokens=2,
         )
     )
     assert (request.tenant, request.priority) == (Tenant("a", 2.0), PriorityClass.LOW)
     assert request.num_shared_prefix_tokens == 2
+    assert request.speculation is Speculation.AUTO
 
 
 def test_times_are_put_on_this_replica_s_clock() -> None:

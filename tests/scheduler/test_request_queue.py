@@ -223,7 +223,7 @@ def test_input_is_charged_once_and_output_and_held_tokens_each_step() -> None:
         queue.pop(0.0)
         queue.started(sequence, 6)  # 4 of its 10 tokens were found in the cache
         queue.started(sequence, 9)
-        queue.charge_step([sequence], [sequence], 0.5)
+        queue.charge_step([(sequence, 1)], [sequence], 0.5)
         queue.started(make(4, "b", weight=1.0 / others), 1)
         assert queue.head(0.0).order[0] == first, others
 

@@ -18,11 +18,20 @@ import pytest
 from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
 
-from rillgate_server.core.request import ChoiceStart, PriorityClass, RejectReason, Request, Tenant
+from rillgate_server.config.groups import SpeculationConfig
+from rillgate_server.core.request import (
+    ChoiceStart,
+    PriorityClass,
+    RejectReason,
+    Request,
+    Speculation,
+    Tenant,
+)
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import CopyDirection, RowPlan
 from rillgate_server.engine.testing import FakeCopies
 from tests.support.answers import EOS, reference_answer
+from tests.support.drafts import random_draft_model
 from tests.support.engine import Driver, Limits, make_request
 
 NUM_TRACES = int(os.environ.get("RILLGATE_TRACES", "2000"))
@@ -141,6 +150,7 @@ def random_request(rng: random.Random, request_id: int) -> Request:
         num_shared_prefix_tokens=min(len(prompt), rng.choice((0, 0, 7, 16))),
         tenant=rng.choice(TENANTS),
         priority=rng.choice(tuple(PriorityClass)),
+        speculation=rng.choice((None, None, *Speculation)),
     )
     if rng.random() < 0.7:
         return fresh
@@ -201,6 +211,11 @@ def random_limits(rng: random.Random) -> Limits:
         num_host_blocks=rng.choice((600, 300) if loads_much else (120, 60, 20, 0)) // size,
         load_policy="load" if loads_much else rng.choice(("load", "auto", "auto", "recompute")),
         audit=rng.random() < 0.5,
+        speculation=SpeculationConfig(
+            rng.choice(("off", "prompt-lookup", "draft-model", "auto")),
+            rng.randint(1, 7),
+            "a model",
+        ),
     )
 
 
@@ -326,6 +341,8 @@ def tell_what_happened(driver: Driver) -> None:
         "lost copies": load.copies.num_failed_blocks,
         "refused": load.copies.num_refused_blocks,
         "evicted from the host tier": load.host.num_evicted_blocks,
+        "drafted": load.num_drafted_tokens,
+        "accepted drafts": load.num_accepted_tokens,
     }
     for name, count in met.items():
         if count:
@@ -341,7 +358,7 @@ def tell_what_happened(driver: Driver) -> None:
 def test_any_trace_gives_every_request_its_own_answer_and_leaves_no_block_behind(
     part: int, seed: int, kept: list[int]
 ) -> None:
-    """Sharing, chunks, swapping, slow and failed copies and aborts never change an answer.
+    """Sharing, chunks, drafts, swapping, slow and failed copies, aborts: none changes an answer.
 
     A seed makes the trace, for hypothesis' own draws are too simple, too often, to fill two tiers.
     It takes events out until as few as possible are left that still fail: those at which `kept` is
@@ -350,6 +367,7 @@ def test_any_trace_gives_every_request_its_own_answer_and_leaves_no_block_behind
     rng = random.Random(seed * NUM_PARTS + part)
     limits, trace = random_limits(rng), random_trace(rng)
     driver = Driver(limits, fail_rows=fail_poisoned, copies=random_copies(rng))
+    driver.fake.propose = random_draft_model(rng, driver.fake)
     trace = [entry for entry, is_kept in zip(trace, kept, strict=False) if is_kept]
     note(f"{limits}, {trace}")
     Player(driver).play(trace)

@@ -14,6 +14,7 @@ from rillgate_server.core.request import (
     Rejection,
     RejectReason,
     RequestRejected,
+    Speculation,
     Tenant,
 )
 from rillgate_server.core.sampling_params import SamplingParams
@@ -69,6 +70,7 @@ submissions = st.builds(
     num_shared_prefix_tokens=u32,
     tenant=st.builds(Tenant, text, st.floats(min_value=0, exclude_min=True)),
     priority=st.sampled_from(PriorityClass),
+    speculation=st.none() | st.sampled_from(Speculation),
     time_remaining_s=st.none() | seconds.filter(bool),
     waited_s=seconds,
 )

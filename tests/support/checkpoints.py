@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -103,6 +104,20 @@ def edit_config(path: Path, **changes: Any) -> None:
         else:
             config[key] = value
     file.write_text(json.dumps(config))
+
+
+def stack_experts(path: Path) -> None:
+    """Rewrite a written checkpoint of DeepSeek-V3 with its experts stacked."""
+    tensors = load_file(path / "model.safetensors")
+    for layer in (1, 2):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            kind: torch.stack([tensors.pop(f"{prefix}.{e}.{kind}_proj.weight") for e in range(8)])
+            for kind in ("gate", "up", "down")
+        }
+        tensors[f"{prefix}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        tensors[f"{prefix}.down_proj"] = parts["down"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def _randomise_vectors(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rillgate_server.config.groups import BatcherConfig, CacheConfig
+from rillgate_server.config.groups import BatcherConfig, CacheConfig, SpeculationConfig
 from rillgate_server.core.clock import VirtualClock
 from rillgate_server.core.load import TierLoad
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
@@ -39,6 +39,7 @@ SPEC = ModelSpec(
 STEP_S = 0.01
 """What a step takes on the virtual clock."""
 BLOCK_BYTES = 1024
+NO_SPECULATION = SpeculationConfig()
 MAX_DRAIN_STEPS = 1000
 """Within which copies that nobody waits for must end."""
 _INSTANT = FakeCopies()
@@ -59,6 +60,7 @@ class Limits:
     num_host_blocks: int = 0
     load_policy: str = "auto"
     audit: bool = False
+    speculation: SpeculationConfig = NO_SPECULATION
 
     def make_scheduler(self) -> Scheduler:
         """Build an idle scheduler."""
@@ -76,7 +78,7 @@ class Limits:
             audit=self.audit,
         )
         sizes = CacheSizes(self.num_blocks, BLOCK_BYTES, SPEC.dtype, self.num_host_blocks)
-        return Scheduler(batcher, cache, SPEC, sizes)
+        return Scheduler(batcher, cache, SPEC, sizes, self.speculation)
 
     def make_executor(
         self,

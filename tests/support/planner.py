@@ -129,7 +129,7 @@ class Planner:
         """Take the result in; return the slots that ended."""
         ended = []
         sampled = iter(result.token_ids)
-        logprobs = iter(result.logprobs or (None,) * len(result.token_ids))
+        logprobs = iter(result.logprobs or ((),) * len(result.token_ids))
         for slot, found in result.prompt_logprobs:
             jobs[slot].prompt_logprobs.extend(found)
         for row in plan.rows:
@@ -138,9 +138,7 @@ class Planner:
             if not row.samples:
                 continue
             job.tokens.extend(next(sampled))
-            entry = next(logprobs)
-            if entry is not None:
-                job.logprobs.append(entry)
+            job.logprobs.extend(next(logprobs))
         for failed in result.failed_rows:
             jobs[failed.slot].failure = failed.message
         for row in plan.rows:

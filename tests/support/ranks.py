@@ -182,11 +182,12 @@ def split_model(
 
 def _options(device: torch.device, order: Mapping[str, Any]) -> WorkerOptions:
     return WorkerOptions(
-        "float32",
+        order.get("dtype", "float32"),
         num_threads=1,
         block_size_tokens=BLOCK_SIZE,
         device=device,
         quantization=order.get("quantization", "none"),
+        quantization_include=tuple(order.get("include", ())),
     )
 
 

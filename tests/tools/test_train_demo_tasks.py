@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import re
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
-from tools.train_demo import reasoning, tasks, words
+from tools.train_demo import held_out, reasoning, tasks, words
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -215,3 +216,10 @@ def test_the_split_is_the_same_on_every_machine() -> None:
     assert not tasks.is_held_out("comparing 0009.110 0009.900")
     share = sum(tasks.is_held_out(f"word w{i}") for i in range(8_000)) / 8_000
     assert share == pytest.approx(1 / tasks.HELD_OUT_ONE_IN, abs=0.01)
+
+
+def test_the_files_beside_the_model_are_what_the_tool_writes() -> None:
+    """So they are held-out questions, and a changed phrasing does not go unnoticed."""
+    folder = Path(__file__).parents[2] / "models" / "demo"
+    assert (folder / held_out.TASK_FILE).read_text(encoding="utf-8") == held_out.task_lines()
+    assert (folder / held_out.TEXT_FILE).read_text(encoding="utf-8") == held_out.text()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rillgate_server.errors import ConfigError
+from rillgate_server.worker.kernels.build import LEVELS
 from rillgate_server.worker.kernels.library import Kernels, Linear, load_kernels
 from rillgate_server.worker.quantization.int8 import linear_int8, quantize_weight
 
@@ -16,12 +18,12 @@ SHAPES = [(64, 64), (128, 896), (100, 37), (17, 4864), (896, 4864), (5, 3), (1, 
 NUM_ROWS = [1, 2, 3, 5, 6, 7, 13, 40]
 
 
-@pytest.fixture
-def kernels() -> Kernels:
-    """The library, where it was built and the processor can run it."""
-    found = load_kernels()
+@pytest.fixture(params=list(LEVELS))
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Each level's library, where it was built and the processor can run it."""
+    found = load_kernels(request.param)
     if found is None:
-        pytest.skip("no C++ kernels here: not built, or no AVX-512 VNNI and BF16")
+        pytest.skip(f"no C++ kernels for {request.param} here: not built, or not this processor's")
     return found
 
 
@@ -29,11 +31,26 @@ def test_they_are_there_where_they_can_be() -> None:
     """Or every test of theirs would be skipped, and nobody would know why servers are slow."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text() if info.exists() else ""
-    if platform.machine() != "x86_64" or not {"avx512_vnni", "avx512_bf16"} <= set(flags.split()):
-        pytest.skip("this processor lacks AVX-512 VNNI or BF16")
+    if platform.machine() != "x86_64" or not {"avx2", "fma"} <= set(flags.split()):
+        pytest.skip("this processor lacks AVX2")
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
-    assert load_kernels() is not None, "run `make setup`"
+    assert load_kernels("avx2") is not None, "run `make setup`"
+    has_avx512 = {"avx512_vnni", "avx512_bf16", "avx512dq", "avx512vl"} <= set(flags.split())
+    assert not has_avx512 or load_kernels("avx512") is not None, "run `make setup`"
+
+
+def test_the_environment_names_the_level_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it names wrongly is refused with what is allowed."""
+    choose = load_kernels.__wrapped__
+    monkeypatch.setenv("RILLGATE_KERNELS", "off")
+    assert choose() is None
+    monkeypatch.setenv("RILLGATE_KERNELS", "avx2")
+    found = choose()
+    assert found is None or not found.has_attention
+    monkeypatch.setenv("RILLGATE_KERNELS", "sse9")
+    with pytest.raises(ConfigError, match=r"RILLGATE_KERNELS is 'sse9'; allowed: avx512, .*, off"):
+        choose()
 
 
 def rows(num_rows: int, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -57,6 +74,17 @@ def test_int8_is_bit_for_bit_as_defined(
             x = rows(num_rows, shape[1], dtype)
             got = kernels.linear(Linear.of(packed, scales, bias, shape), x)
             assert torch.equal(got, linear_int8(x, weight, scales, bias)), (bias, num_rows)
+
+
+def test_int8_holds_the_largest_numbers(kernels: Kernels) -> None:
+    """All weights and activations at their ends, -128 too: no level's sums overflow on the way."""
+    ends = torch.tensor([-128, -127, 127], dtype=torch.int8)
+    weight = ends[torch.arange(3)][:, None].repeat(1, 256)
+    scales = torch.ones(3)
+    packed = kernels.pack_int8(weight)
+    x = torch.cat([torch.full((1, 256), 127.0), torch.full((1, 256), -127.0)])
+    got = kernels.linear(Linear.of(packed, scales, None, (3, 256)), x)
+    assert torch.equal(got, x @ weight.T.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

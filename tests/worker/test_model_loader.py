@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rillgate_server.errors import CheckpointError, ConfigError, OutOfMemory, RillgateError
 from rillgate_server.worker.model_loader import load_network
 from rillgate_server.worker.worker import Worker, WorkerOptions
-from tests.support.checkpoints import VOCAB_SIZE, edit_config, make_checkpoint
+from tests.support.checkpoints import VOCAB_SIZE, edit_config, make_checkpoint, stack_experts
 from tests.support.worker_fixtures import MakeCheckpoint
 
 Spoil = Callable[[Path], None]
@@ -106,7 +106,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "other shapes": (widen, r"of another shape: .*gate_proj.weight \[96, 64\] instead of \[100"),
     "quantised": (
         lambda p: edit_config(p, quantization_config={"quant_method": "fp8"}),
-        r"quantised \(fp8\)",
+        "quantised with quant_method 'fp8'; allowed: compressed-tensors in 8-bit integers",
     ),
     "a config that transformers refuses": (
         lambda p: edit_config(p, hidden_size="wide"),
@@ -198,20 +198,7 @@ def test_experts_load_stacked_or_one_by_one(checkpoint: MakeCheckpoint, tmp_path
     names = load_file(path / "model.safetensors")
     assert "model.layers.1.mlp.experts.3.gate_proj.weight" in names
     single = load_network(path, torch.float32)
-
-    def stack(tensors: dict[str, Tensor]) -> None:
-        for layer in (1, 2):
-            prefix = f"model.layers.{layer}.mlp.experts"
-            parts = {
-                kind: torch.stack(
-                    [tensors.pop(f"{prefix}.{e}.{kind}_proj.weight") for e in range(8)]
-                )
-                for kind in ("gate", "up", "down")
-            }
-            tensors[f"{prefix}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
-            tensors[f"{prefix}.down_proj"] = parts["down"]
-
-    change_tensors(path, stack)
+    stack_experts(path)
     stacked = load_network(path, torch.float32)
     assert torch.equal(logits_of(single), logits_of(stacked))
 

@@ -111,6 +111,66 @@ def test_blocks_of_a_failed_request_are_safe_to_use_again(poisoned: Path, kv_dty
     assert later.tokens == fresh.tokens
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_draft_that_breaks_its_position_harms_nobody(poisoned: Path, kv_dtype: str) -> None:
+    """Its NaN values lie behind the tokens that are kept: masked, but multiplied."""
+    prompt = [3, 1, 4, 1, 5]
+    plain = Job(prompt, 8, NEVER_POISON)
+    Planner(8, 4, step_tokens=64, chunk=64).run(load_worker(poisoned, kv_dtype=kv_dtype), [plain])
+    worker = load_worker(poisoned, kv_dtype=kv_dtype)
+    start = SlotStart(0, tuple(prompt), len(prompt), (0, 1, 2, 3), NEVER_POISON, 0)
+    tokens = list(worker.execute(StepPlan(0, (start,), (RowPlan(0, 0, 5),))).token_ids[0])
+    for step_id in range(1, 8):
+        drafts = (POISON, 7, POISON)
+        row = RowPlan(0, 4 + step_id, 4, draft_token_ids=drafts)
+        result = worker.execute(StepPlan(step_id, (), (row,)))
+        assert result.failed_rows == ()
+        tokens += result.token_ids[0]
+    assert tokens == plain.tokens
+
+
+def test_drafts_that_do_not_follow_the_known_tokens_are_refused(
+    checkpoint: MakeCheckpoint,
+) -> None:
+    """A wrong plan must not draw at a wrong place, nor look up a token that does not exist."""
+    worker = load_worker(checkpoint("llama"))
+    start = SlotStart(0, (1, 2, 3), 3, (0, 1), GREEDY, 0)
+    worker.execute(StepPlan(0, (start,), (RowPlan(0, 0, 3),)))
+    for row in (
+        RowPlan(0, 2, 2, draft_token_ids=(7,)),
+        RowPlan(0, 3, 2, draft_token_ids=(VOCAB_SIZE,)),
+        RowPlan(0, 3, 1, draft_token_ids=(7,)),
+        RowPlan(0, 3, 2, samples=False, draft_token_ids=(7,)),
+        RowPlan(0, 3, 7, draft_token_ids=(7,) * 6),
+    ):
+        with pytest.raises(EngineFailure, match="slot 0"):
+            worker.execute(StepPlan(1, (), (row,)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_drafts_that_are_right_give_the_same_log_probabilities(
+    dtype: str, checkpoint: MakeCheckpoint
+) -> None:
+    """A draft is computed as the decode row that it would be: several tokens in one step."""
+    sampling = SamplingParams(seed=0, temperature=0.0, num_logprobs=3)
+    prompt = mixed_prompts()[5]
+    plain = Job(prompt, 7, sampling)
+    worker = load_worker(checkpoint("qwen2"), dtype)
+    Planner(NUM_BLOCKS, 4, step_tokens=64, chunk=64).run(worker, [plain])
+    worker.allocate_cache(NUM_BLOCKS)
+    start = SlotStart(0, tuple(prompt), len(prompt), tuple(range(12)), sampling, 0)
+    worker.execute(StepPlan(0, (start,), (RowPlan(0, 0, len(prompt)),)))
+    drafts = tuple(plain.tokens[1:6])
+    row = RowPlan(0, len(prompt), 6, draft_token_ids=drafts)
+    result = worker.execute(StepPlan(1, (), (row,)))
+    assert list(result.token_ids[0]) == plain.tokens[1:7]
+    assert [it.token_id for it in result.logprobs[0]] == plain.tokens[1:7]
+    for ours, theirs in zip(result.logprobs[0], plain.logprobs[1:7], strict=True):
+        assert ours.logprob == pytest.approx(
+            theirs.logprob, abs=1e-5 if dtype == "float32" else 0.05
+        )
+
+
 def test_a_plan_without_rows_only_ends_slots(checkpoint: MakeCheckpoint) -> None:
     """Its result is empty, and the seat is free."""
     worker = load_worker(checkpoint("llama"))

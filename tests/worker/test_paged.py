@@ -25,7 +25,10 @@ HEADS = [(14, 2, 64, 64), (8, 8, 32, 16), (12, 2, 128, 128), (4, 4, 192, 128), (
 """(heads, heads of keys, key dim, value dim)."""
 SCALING = 0.1
 
-needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ kernels here")
+needs_kernels = pytest.mark.skipif(
+    (kernels := load_kernels()) is None or not kernels.has_attention,
+    reason="no C++ kernels for attention here",
+)
 Cut = tuple[int, int, int]
 """(sequence, first position, number of tokens) of a row."""
 

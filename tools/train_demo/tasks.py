@@ -1,7 +1,7 @@
 """The demo model's six tasks: questions, their exact answers, the held-out split and the checker.
 
-Owns what is asked and what is right. Standard library only: tests and `rillgate evaluate` import it
-without torch.
+Owns what is asked and what is right. Standard library only. `rillgate evaluate` asks those that
+`held_out` wrote beside the model.
 
 A question's content (its operands, word or list, not its wording, order or direction) decides by a
 stable hash whether it is held out, so no held-out content occurs in the training data, whatever its

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rillgate.config import DEFAULT_TARGET, ClientConfig, TlsConfig
 from rillgate.sync_client import Client
-from rillgate.types import GenerateOptions, Priority
+from rillgate.types import GenerateOptions, Priority, Speculation
 
 
 class UsageError(Exception):
@@ -66,6 +66,11 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         choices=[priority.value for priority in Priority],
         help="who goes first where requests wait (default: normal)",
     )
+    group.add_argument(
+        "--speculation",
+        choices=[method.value for method in Speculation],
+        help="which tokens are tried ahead; changes none (default: as the server is set)",
+    )
 
 
 def _flag(name: str) -> str:
@@ -75,7 +80,7 @@ def _flag(name: str) -> str:
 def generation_options(args: argparse.Namespace) -> GenerateOptions:
     """Collect the options that were given."""
     options = GenerateOptions()
-    for name in ("model", *_OPTIONS, "stop", "priority"):
+    for name in ("model", *_OPTIONS, "stop", "priority", "speculation"):
         value = getattr(args, name)
         if value is not None:
             options[name] = value  # type: ignore[literal-required] # names of GenerateOptions

@@ -31,6 +31,7 @@ _CLIENT_COMMANDS: dict[str, Callable[[Subparsers], None]] = {
 _SERVER_COMMANDS = {
     "serve": "start a server: one gateway and one replica",
     "replica": "start one replica by itself",
+    "evaluate": "measure how well a model answers, for any setting",
 }
 
 
@@ -75,7 +76,8 @@ def _parser(
     for add_command in _CLIENT_COMMANDS.values():
         add_command(subparsers)
     # The server's commands take longer to import than most client commands take to run.
-    if not given or given[0] not in _CLIENT_COMMANDS:
+    is_below_models = given[:1] == ["models"] and given[1:2] and not given[1].startswith("-")
+    if not given or given[0] not in _CLIENT_COMMANDS or is_below_models:
         found = entry_points(group="rillgate.commands") if installed is None else installed
         _add_server_commands(subparsers, found)
     return parser

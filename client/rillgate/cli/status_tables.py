@@ -11,7 +11,13 @@ from rillgate.status_types import CostStatus, ReplicaStatus, TierStatus
 
 def print_replica(replica: ReplicaStatus) -> None:
     """Print one replica: what it does, its cache by tier, its queue, what things cost."""
-    for line in (_identity(replica), *_place(replica), _batch(replica), _preemptions(replica)):
+    for line in (
+        _identity(replica),
+        *_place(replica),
+        _batch(replica),
+        _preemptions(replica),
+        *_speculation(replica),
+    ):
         print(printable(line))
     print_table(_TIER_HEADERS, _tier_rows(replica))
     if replica.host.num_blocks:
@@ -60,6 +66,14 @@ def _preemptions(replica: ReplicaStatus) -> str:
         f"({decisions.num_swap_preemptions} by swap, "
         f"{decisions.num_recompute_preemptions} by recompute)"
     )
+
+
+def _speculation(replica: ReplicaStatus) -> Sequence[str]:
+    """Say how many drafts were right, once there were any."""
+    drafted, accepted = replica.num_drafted_tokens, replica.num_accepted_tokens
+    if not drafted:
+        return ()
+    return (f"drafts: {drafted}, {accepted} accepted ({100 * accepted / drafted:.0f} %)",)
 
 
 _TIER_HEADERS = (

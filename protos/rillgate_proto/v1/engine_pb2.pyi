@@ -6,6 +6,14 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class EngineSpeculation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENGINE_SPECULATION_UNSPECIFIED: _ClassVar[EngineSpeculation]
+    ENGINE_SPECULATION_OFF: _ClassVar[EngineSpeculation]
+    ENGINE_SPECULATION_PROMPT_LOOKUP: _ClassVar[EngineSpeculation]
+    ENGINE_SPECULATION_DRAFT_MODEL: _ClassVar[EngineSpeculation]
+    ENGINE_SPECULATION_AUTO: _ClassVar[EngineSpeculation]
+
 class EnginePriority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ENGINE_PRIORITY_UNSPECIFIED: _ClassVar[EnginePriority]
@@ -28,6 +36,7 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECT_REASON_DRAINING: _ClassVar[RejectReason]
     REJECT_REASON_DEADLINE_NEVER: _ClassVar[RejectReason]
     REJECT_REASON_DEADLINE_NOW: _ClassVar[RejectReason]
+    REJECT_REASON_NO_DRAFT_MODEL: _ClassVar[RejectReason]
 
 class CacheTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -40,6 +49,11 @@ class EngineState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENGINE_STATE_UNSPECIFIED: _ClassVar[EngineState]
     ENGINE_STATE_READY: _ClassVar[EngineState]
     ENGINE_STATE_DRAINING: _ClassVar[EngineState]
+ENGINE_SPECULATION_UNSPECIFIED: EngineSpeculation
+ENGINE_SPECULATION_OFF: EngineSpeculation
+ENGINE_SPECULATION_PROMPT_LOOKUP: EngineSpeculation
+ENGINE_SPECULATION_DRAFT_MODEL: EngineSpeculation
+ENGINE_SPECULATION_AUTO: EngineSpeculation
 ENGINE_PRIORITY_UNSPECIFIED: EnginePriority
 ENGINE_PRIORITY_HIGH: EnginePriority
 ENGINE_PRIORITY_NORMAL: EnginePriority
@@ -54,6 +68,7 @@ REJECT_REASON_OVERLOADED: RejectReason
 REJECT_REASON_DRAINING: RejectReason
 REJECT_REASON_DEADLINE_NEVER: RejectReason
 REJECT_REASON_DEADLINE_NOW: RejectReason
+REJECT_REASON_NO_DRAFT_MODEL: RejectReason
 CACHE_TIER_UNSPECIFIED: CacheTier
 CACHE_TIER_DEVICE: CacheTier
 CACHE_TIER_HOST: CacheTier
@@ -70,7 +85,7 @@ class EngineCommand(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_key", "request_id", "cache_salt", "prompt_token_ids", "choices", "sampling", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "num_logprobs", "num_prompt_logprobs", "tenant", "tenant_weight", "priority_class", "shared_prefix_tokens", "time_remaining_ms", "waited_ms")
+    __slots__ = ("request_key", "request_id", "cache_salt", "prompt_token_ids", "choices", "sampling", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "num_logprobs", "num_prompt_logprobs", "tenant", "tenant_weight", "priority_class", "shared_prefix_tokens", "time_remaining_ms", "waited_ms", "speculation")
     REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +104,7 @@ class Submit(_message.Message):
     SHARED_PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIME_REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
     WAITED_MS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     request_key: int
     request_id: str
     cache_salt: bytes
@@ -107,7 +123,8 @@ class Submit(_message.Message):
     shared_prefix_tokens: int
     time_remaining_ms: int
     waited_ms: int
-    def __init__(self, request_key: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[_Union[SubmitChoice, _Mapping]]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., num_logprobs: _Optional[int] = ..., num_prompt_logprobs: _Optional[int] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., priority_class: _Optional[_Union[EnginePriority, str]] = ..., shared_prefix_tokens: _Optional[int] = ..., time_remaining_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ...) -> None: ...
+    speculation: EngineSpeculation
+    def __init__(self, request_key: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[_Union[SubmitChoice, _Mapping]]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., num_logprobs: _Optional[int] = ..., num_prompt_logprobs: _Optional[int] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., priority_class: _Optional[_Union[EnginePriority, str]] = ..., shared_prefix_tokens: _Optional[int] = ..., time_remaining_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ..., speculation: _Optional[_Union[EngineSpeculation, str]] = ...) -> None: ...
 
 class SubmitChoice(_message.Message):
     __slots__ = ("index", "generated_token_ids")
@@ -345,7 +362,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., model_version_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., hash_scheme: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., max_running: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("step_id", "step_age_ms", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "device", "prefill_tokens_per_s", "decode_step_ms", "num_preemptions", "num_cached_tokens", "num_prompt_tokens", "num_loading", "host", "copies", "decisions", "costs", "queues", "free_cpu_fraction", "free_device_fraction", "longest_step_ms")
+    __slots__ = ("step_id", "step_age_ms", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "device", "prefill_tokens_per_s", "decode_step_ms", "num_preemptions", "num_cached_tokens", "num_prompt_tokens", "num_loading", "host", "copies", "decisions", "costs", "queues", "free_cpu_fraction", "free_device_fraction", "longest_step_ms", "num_drafted_tokens", "num_accepted_tokens")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +385,8 @@ class Load(_message.Message):
     FREE_CPU_FRACTION_FIELD_NUMBER: _ClassVar[int]
     FREE_DEVICE_FRACTION_FIELD_NUMBER: _ClassVar[int]
     LONGEST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     step_age_ms: float
     state: EngineState
@@ -390,7 +409,9 @@ class Load(_message.Message):
     free_cpu_fraction: float
     free_device_fraction: float
     longest_step_ms: float
-    def __init__(self, step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., state: _Optional[_Union[EngineState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., device: _Optional[_Union[TierLoad, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., copies: _Optional[_Union[CopyCounts, _Mapping]] = ..., decisions: _Optional[_Union[LoadDecisions, _Mapping]] = ..., costs: _Optional[_Union[FittedCosts, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueLoad, _Mapping]]] = ..., free_cpu_fraction: _Optional[float] = ..., free_device_fraction: _Optional[float] = ..., longest_step_ms: _Optional[float] = ...) -> None: ...
+    num_drafted_tokens: int
+    num_accepted_tokens: int
+    def __init__(self, step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., state: _Optional[_Union[EngineState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., device: _Optional[_Union[TierLoad, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., copies: _Optional[_Union[CopyCounts, _Mapping]] = ..., decisions: _Optional[_Union[LoadDecisions, _Mapping]] = ..., costs: _Optional[_Union[FittedCosts, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueLoad, _Mapping]]] = ..., free_cpu_fraction: _Optional[float] = ..., free_device_fraction: _Optional[float] = ..., longest_step_ms: _Optional[float] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class TierLoad(_message.Message):
     __slots__ = ("num_blocks", "num_blocks_free", "num_blocks_used", "num_blocks_cached", "num_blocks_copying", "num_hit_tokens", "num_evicted_blocks", "num_blocks_pageable")

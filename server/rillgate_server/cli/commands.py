@@ -1,4 +1,4 @@
-"""The commands `serve`, `replica` and `gateway`.
+"""The commands `serve`, `replica`, `gateway` and `evaluate`.
 
 Owns the flags and the exit codes. What a command runs is imported when it is chosen: the gateway
 must never load torch, and `--help` should not wait for anything.
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeAlias
 
+from rillgate_server.cli.model_commands import add_model_commands
 from rillgate_server.cli.model_source import resolve_model
 from rillgate_server.config.groups import QUANTIZATIONS, ROUTING_POLICIES
 from rillgate_server.config.settings import Settings, load_settings
@@ -39,6 +40,8 @@ class _Command:
     """Which has the function for serve.cluster = ray."""
     computes: bool = False
     """In this process."""
+    takes_flags: bool = False
+    """As its third argument: it has some that are no settings."""
 
     def __call__(self, args: argparse.Namespace) -> int:
         """Read the settings, find the model, run."""
@@ -51,8 +54,8 @@ class _Command:
                 )
             if self.computes:
                 use_one_heap()
-            run: Callable[[Settings, Path], int] = getattr(self._import(settings), self.function)
-            return run(settings, model_dir)
+            run: Callable[..., int] = getattr(self._import(settings), self.function)
+            return run(settings, model_dir, *([args] if self.takes_flags else []))
         except RillgateError as error:
             print(f"rillgate: {error}", file=sys.stderr, flush=True)
             return EXIT_OPERATOR
@@ -125,6 +128,34 @@ def add_commands(subparsers: Subparsers) -> None:
     gateway.set_defaults(
         run=_Command("rillgate_server.gateway.process", "run_gateway", needs_addresses=True)
     )
+    _add_evaluate(subparsers)
+    add_model_commands(subparsers)
+
+
+def _add_evaluate(subparsers: Subparsers) -> None:
+    evaluate = subparsers.add_parser(
+        "evaluate",
+        help="measure how well a model answers, for any setting",
+        description="Asks a model tasks with one right answer each (exact match) and measures its "
+        "perplexity over a text, in this process, and prints a table. Without flags: the bundled "
+        "model's held-out tasks.",
+        epilog=_EVALUATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_evaluation(evaluate)
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "--kv-dtype", choices=("auto", "int8"), help="of cached keys and values (auto)"
+    )
+    evaluate.add_argument(
+        "--tensor-parallel", metavar="K", help="processes that the model is split over (1)"
+    )
+    _add_common(evaluate)
+    evaluate.set_defaults(
+        run=_Command(
+            "rillgate_server.cli.evaluate.command", "run_evaluate", computes=True, takes_flags=True
+        )
+    )
 
 
 _EPILOG = """settings, the later winning:
@@ -137,6 +168,38 @@ examples:
   rillgate serve --replicas 4 --tensor-parallel 2
   rillgate gateway --replica-address 10.0.0.5:50061 --replica-address 10.0.0.6:50061
   rillgate serve --set batcher.max_running=128 --set cache.device_memory=8GiB"""
+
+
+_EVALUATE_EPILOG = """examples:
+  rillgate evaluate --compare none,float32,int8,int8-cache,int8+int8-cache
+  rillgate evaluate --model DIR --text FILE --quantization int8
+  rillgate evaluate --model DIR --tasks FILE --num-tasks 100 --json OUT
+
+a line of a task file (docs/quantization.md):
+  {"messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "4", "kind": "sums"}"""
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compare",
+        metavar="ROWS",
+        help="settings to compare, rows by commas, each of words joined by +: "
+        f"{', '.join(QUANTIZATIONS)}, bfloat16, float32, int8-cache",
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="FILE",
+        type=Path,
+        help="JSON lines (held_out_tasks.jsonl of the model's directory, if it has one)",
+    )
+    parser.add_argument(
+        "--num-tasks", metavar="N", type=int, help="ask N, spread evenly over the file (all)"
+    )
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=int, default=1024, help="most tokens of an answer (1024)"
+    )
+    parser.add_argument("--text", metavar="FILE", type=Path, help="measure perplexity over a text")
+    parser.add_argument("--json", metavar="OUT", type=Path, help="write the rows to a file, too")
 
 
 def _add_listen(parser: argparse.ArgumentParser) -> None:
@@ -265,6 +328,7 @@ _FLAGS = {
     "model_name": ("model", "name"),
     "dtype": ("model", "dtype"),
     "quantization": ("model", "quantization"),
+    "kv_dtype": ("cache", "kv_dtype"),
 }
 
 

@@ -15,7 +15,9 @@ MAX_SOCKET_PATH_BYTES = 100
 """Of a Unix socket's path."""
 MAX_REPLICA_NAME_BYTES = 128
 """Of a replica's name."""
+SPECULATION_METHODS = ("off", "prompt-lookup", "draft-model", "auto")
 QUANTIZATIONS = ("none", "int8")
+ALSO_QUANTIZED = ("embeddings", "head")
 ROUTING_POLICIES = ("prefix", "least-load", "round-robin", "weighted-least-connections")
 _MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 16, 1024
 
@@ -59,6 +61,30 @@ class BatcherConfig:
             raise ConfigError(
                 f"batcher.max_step_tokens is {self.max_step_tokens}; allowed: at least "
                 f"batcher.max_running, {self.max_running} (each running choice takes one token)"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """Tokens that a step tries before they are drawn. They never change an answer."""
+
+    method: str = "off"
+    """Where drafts come from, unless a request says it: off, prompt-lookup (what followed the same
+    tokens earlier in the prompt or the answer), draft-model, or auto (either, where it pays)."""
+    max_draft_tokens: int = 5
+    """Most drafts of a choice in one step, 1 to 32. Higher: longer leaps where text repeats itself,
+    more work in vain where it does not."""
+    draft_model: str = ""
+    """A small checkpoint's directory, with the same vocabulary, that makes drafts; empty: none."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of its range."""
+        _check_choice("speculation.method", self.method, SPECULATION_METHODS)
+        _check("speculation.max_draft_tokens", self.max_draft_tokens, 1, 32)
+        if self.method == "draft-model" and not self.draft_model:
+            raise ConfigError(
+                "speculation.method is 'draft-model' without speculation.draft_model; allowed: a "
+                "checkpoint's directory there, or another method"
             )
 
 
@@ -115,6 +141,14 @@ class ModelConfig:
     quantization: str = "none"
     """Of the layers' weights: none, or int8 (half of bfloat16's memory; the output head and the
     embedding stay as they are). All replicas and gateways of a model must have the same."""
+    quantization_exclude: tuple[str, ...] = ()
+    """Layers that stay as they are, by patterns of their names: `*.down_proj`, `model.layers.0.*`
+    (in the environment and in flags a JSON list). Each must match a layer. All replicas and
+    gateways of a model must have the same."""
+    quantization_include: tuple[str, ...] = ()
+    """What else is quantised: `embeddings`, `head` (in the environment and in flags a JSON list);
+    where both are one tensor, either means both. All replicas and gateways of a model must have the
+    same."""
     max_context_tokens: int = 0
     """Prompt and answer together, 0 to 16,777,216; 0: the checkpoint's own, which is also the most.
     Higher: longer conversations, and a larger cache at least: each tier must hold one of them."""
@@ -123,6 +157,15 @@ class ModelConfig:
         """Raise ConfigError for a value out of its range."""
         _check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _check_choice("model.quantization", self.quantization, QUANTIZATIONS)
+        for name in self.quantization_include:
+            _check_choice("model.quantization_include", name, ALSO_QUANTIZED)
+        for field_name in ("quantization_exclude", "quantization_include"):
+            if getattr(self, field_name) and self.quantization == "none":
+                raise ConfigError(
+                    f"model.{field_name} is {list(getattr(self, field_name))}, and "
+                    "model.quantization is none; allowed: none of it, or another "
+                    f"model.quantization ({', '.join(QUANTIZATIONS[1:])})"
+                )
         _check("model.max_context_tokens", self.max_context_tokens, 0, 1 << 24)
         if len(self.name.encode()) > MAX_MODEL_NAME_BYTES or "@" in self.name:
             raise ConfigError(

@@ -33,6 +33,7 @@ from rillgate_server.config.groups import (
     ModelConfig,
     ReplicaConfig,
     ServeConfig,
+    SpeculationConfig,
 )
 from rillgate_server.errors import ConfigError
 
@@ -58,6 +59,8 @@ class Settings(BaseSettings):
     """What a step may hold, what may wait."""
     cache: CacheConfig = CacheConfig()
     """The key/value cache."""
+    speculation: SpeculationConfig = SpeculationConfig()
+    """Tokens that are tried ahead."""
     gateway: GatewayConfig = GatewayConfig()
     """The public door."""
     replica: ReplicaConfig = ReplicaConfig()

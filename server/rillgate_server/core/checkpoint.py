@@ -29,7 +29,14 @@ SUPPORTED_ARCHITECTURES = (
 
 _WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
-_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn"}
+_DTYPE_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "I8": "int8",
+}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _NUM_SAMPLES = 64  # per file; 64 page-sized reads take about 1 ms from the page cache
 _SAMPLE_BYTES = 4096
@@ -242,6 +249,8 @@ def _checkpoint_dtype(config: dict[str, Any], headers: list[dict[str, TensorEntr
     num_bytes: dict[str, int] = {}  # dtype -> bytes
     for header in headers:
         for entry in header.values():
+            if entry.dtype == "int8":  # quantised: what it was before is that of the others
+                continue
             num_bytes[entry.dtype] = num_bytes.get(entry.dtype, 0) + entry.num_bytes
     return max(num_bytes, key=lambda dtype: num_bytes[dtype], default="float32")
 

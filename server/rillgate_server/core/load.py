@@ -145,6 +145,10 @@ class EngineLoad:
     """Since the start, like the two below."""
     num_cached_tokens: int = 0
     num_prompt_tokens: int = 0
+    num_drafted_tokens: int = 0
+    """Tokens that steps tried before they were drawn."""
+    num_accepted_tokens: int = 0
+    """Those of them that were drawn."""
     free_cpu_fraction: float = 1.0
     """Share of the machine's processor time that was idle lately, 0 to 1."""
     free_device_fraction: float = 1.0

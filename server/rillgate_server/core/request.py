@@ -21,6 +21,17 @@ class PriorityClass(IntEnum):
     LOW = 2
 
 
+class Speculation(Enum):
+    """Where the drafts of a choice come from: tokens that a step tries before they are drawn."""
+
+    OFF = "off"
+    PROMPT_LOOKUP = "prompt-lookup"
+    """From what followed the same tokens earlier in the prompt or the answer."""
+    DRAFT_MODEL = "draft-model"
+    AUTO = "auto"
+    """From either, as far as it pays."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tenant:
     """On whose account a request runs. Only a gateway says so, from the connection."""
@@ -72,6 +83,8 @@ class Request:
     """When it arrived, on the engine's clock; earlier than its `add` if it waited elsewhere."""
     deadline_s: float | None = None
     """When its caller gives up, on the engine's clock; None: never."""
+    speculation: Speculation | None = None
+    """None: as the server is set."""
 
 
 class FinishReason(Enum):
@@ -92,6 +105,8 @@ class RejectReason(Enum):
     DEADLINE_NOW = "deadline_now"
     """Cannot make its deadline behind what waits here."""
     DRAINING = "draining"
+    NO_DRAFT_MODEL = "no_draft_model"
+    """Asks for a draft model, and there is none here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,13 @@ A request's positions, and what a RowPlan computes of them:
     0 ........ start ............ start + num_tokens ....... all tokens known
     |in cache  |computed this step|later                     |
                                  ^ samples: true when this reaches the last known token
+
+A decode row with drafts: it samples at the last known token and at each draft behind it, as far as
+each draft equals what was sampled before it.
+
+    0 ........... start | draft | draft | draft      num_tokens = 1 + drafts
+    |in cache     |last |                     |
+                  ^ sampled ^ sampled ^ not: the first draft was wrong, say
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +51,7 @@ class RowPlan:
     start: int
     """Position of its first token."""
     num_tokens: int
-    """At least 1."""
+    """At least 1; drafts included."""
     new_blocks: tuple[int, ...] = ()
     """Appended to the slot's block table before the step. Blocks of a slot that starts in this
     step are in its SlotStart alone."""
@@ -52,6 +59,11 @@ class RowPlan:
     """Whether its last position samples the next token."""
     prompt_logprobs: bool = False
     """Whether its positions' logits give the prompt's log-probabilities."""
+    draft_token_ids: tuple[int, ...] = ()
+    """Its last tokens, which nobody has sampled yet: tried, and kept while they are what is drawn.
+    Only where it samples, and behind the slot's last known token."""
+    num_proposals: int = 0
+    """Drafts that the draft model may propose behind what this row samples, for a later plan."""
 
 
 class CopyDirection(Enum):
@@ -139,6 +151,8 @@ class StepTimes:
 
     model_s: float = 0.0
     sample_s: float = 0.0
+    draft_s: float = 0.0
+    """Of the draft model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +161,18 @@ class StepResult:
 
     step_id: int
     token_ids: tuple[tuple[int, ...], ...]
-    """One entry per sampling row, in the plan's order; empty if the row failed."""
-    logprobs: tuple[TokenLogprobs | None, ...] = ()
-    """One entry per sampling row when any row asked, else empty."""
+    """One entry per sampling row, in the plan's order: the accepted drafts and one token more;
+    empty if the row failed."""
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    """One entry per sampling row when any row asked, else empty; in it one per token, or none."""
     prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...] = ()
     """(slot, one entry per position of the row that predicts a prompt token)."""
     failed_rows: tuple[FailedRow, ...] = ()
     finished_copies: tuple[CopyDone, ...] = ()
     """All that ended since the last result, in no promised order."""
     times: StepTimes = field(default_factory=StepTimes)
+    proposals: tuple[tuple[int, ...], ...] = ()
+    """The draft model's: one entry per sampling row when any row asked for some, else empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from rillgate_server.core.step import (
 )
 from rillgate_server.errors import EngineFailure
 
-STEP_FORMAT = 1
+STEP_FORMAT = 2
 """Of these bytes; all ranks of a model must speak the same."""
 
 SampledTokens = tuple[tuple[int, int], ...]
@@ -167,12 +167,23 @@ def _row_values(row: RowPlan) -> list[object]:
         row.new_blocks,
         row.samples,
         row.prompt_logprobs,
+        row.draft_token_ids,
+        row.num_proposals,
     ]
 
 
 def _row(values: Any) -> RowPlan:
-    slot, start, num_tokens, new_blocks, samples, prompt_logprobs = values
-    return RowPlan(slot, start, num_tokens, tuple(new_blocks), samples, prompt_logprobs)
+    slot, start, num_tokens, new_blocks, samples, prompt_logprobs, drafts, num_proposals = values
+    return RowPlan(
+        slot,
+        start,
+        num_tokens,
+        tuple(new_blocks),
+        samples,
+        prompt_logprobs,
+        tuple(drafts),
+        num_proposals,
+    )
 
 
 def _job_values(job: CopyJob) -> list[object]:

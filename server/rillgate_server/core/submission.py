@@ -11,6 +11,7 @@ from rillgate_server.core.request import (
     NO_SALT,
     ChoiceStart,
     PriorityClass,
+    Speculation,
     Tenant,
 )
 from rillgate_server.core.sampling_params import SamplingParams
@@ -46,3 +47,5 @@ class Submission:
     """Until the caller gives up; None: never. Not a time of day: clocks differ."""
     waited_s: float = 0.0
     """What it has waited already, here or at another replica."""
+    speculation: Speculation | None = None
+    """None: as the replica is set."""

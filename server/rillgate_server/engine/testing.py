@@ -23,7 +23,14 @@ from rillgate_server.core.step import (
 )
 from rillgate_server.engine.testing_storage import CacheMismatch, Cell, FakeCopies, FakeStorage
 
-__all__ = ["CacheMismatch", "FakeCopies", "FakeExecutor", "FakeModel", "fake_logprobs"]
+__all__ = [
+    "CacheMismatch",
+    "FakeCopies",
+    "FakeExecutor",
+    "FakeModel",
+    "FakeSlot",
+    "fake_logprobs",
+]
 
 _NO_HOST_TIER = FakeCopies()
 _NO_TOKEN: Cell = (0, 0)
@@ -57,7 +64,7 @@ class FakeModel:
         return (token_id + 1) % self.vocab_size if token_id == eos else token_id
 
 
-class _FakeSlot:
+class FakeSlot:
     """A slot's tokens and block table, as a worker keeps them."""
 
     def __init__(self, start: SlotStart) -> None:
@@ -66,6 +73,12 @@ class _FakeSlot:
         self.cells: list[Cell] = []  # position -> what the cache must hold there
         self.block_table = list(start.block_table)
         self.append(start.token_ids)
+
+    def copy(self) -> "FakeSlot":
+        """Return another with the same tokens, for a draft model to go ahead on."""
+        ahead = FakeSlot(self.start)
+        ahead.append(self.token_ids[len(self.start.token_ids) :])
+        return ahead
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Add known tokens."""
@@ -97,12 +110,14 @@ class FakeExecutor:
         the row. `copies` says what the host tier is like; without it there is none.
         """
         self.model = model
-        self.slots: dict[int, _FakeSlot] = {}
+        self.slots: dict[int, FakeSlot] = {}
         self.num_steps = 0
         self._size = block_size_tokens
         self._storage = FakeStorage(num_blocks, block_size_tokens, copies)
         self._before_step = before_step
         self._fail_rows = fail_rows
+        self.propose: Callable[[FakeSlot], tuple[int, ...]] = lambda slot: ()
+        """The draft model: gets a slot, and returns what it takes to come next. A test sets it."""
 
     def __repr__(self) -> str:
         return f"FakeExecutor(steps={self.num_steps}, slots={sorted(self.slots)}, {self._storage})"
@@ -130,7 +145,7 @@ class FakeExecutor:
                 raise CacheMismatch(f"slot {start.slot} starts and has not ended")
             for block in start.block_table:
                 self._storage.check_named(block)
-            self.slots[start.slot] = _FakeSlot(start)
+            self.slots[start.slot] = FakeSlot(start)
         for row in plan.rows:  # all writes come first, as a layer writes all rows' keys first
             self._write(row)
         return self._sample(plan)
@@ -139,24 +154,30 @@ class FakeExecutor:
         slot = self.slots[row.slot]
         slot.block_table += row.new_blocks
         end = row.start + row.num_tokens
-        if end > len(slot.token_ids) or row.num_tokens < 1:
+        known_end = end - len(row.draft_token_ids)
+        is_behind = known_end == len(slot.token_ids) and row.samples
+        if known_end > len(slot.token_ids) or known_end <= row.start:
             raise CacheMismatch(f"slot {row.slot} has {len(slot.token_ids)} tokens, row: {row}")
+        if row.draft_token_ids and not is_behind:
+            raise CacheMismatch(f"slot {row.slot} has drafts that do not follow its tokens: {row}")
+        tokens = [*slot.token_ids, *row.draft_token_ids]
         if end > len(slot.block_table) * self._size:
             raise CacheMismatch(f"slot {row.slot} has no block for position {end - 1}")
         # What a position leaves in the cache follows from what the cache held before it.
         before = self._held(slot, row.start - 1) if row.start else _NO_TOKEN
         for position in range(row.start, end):
-            before = _cell_after(before or _NO_TOKEN, slot.token_ids[position])
+            before = _cell_after(before or _NO_TOKEN, tokens[position])
             block = slot.block_table[position // self._size]
             self._storage.write(block, position % self._size, before)
 
-    def _held(self, slot: _FakeSlot, position: int) -> Cell | None:
+    def _held(self, slot: FakeSlot, position: int) -> Cell | None:
         block = slot.block_table[position // self._size]
         return self._storage.read(block, position % self._size)
 
     def _sample(self, plan: StepPlan) -> StepResult:
         token_ids: list[tuple[int, ...]] = []
-        logprobs: list[TokenLogprobs | None] = []
+        logprobs: list[tuple[TokenLogprobs, ...]] = []
+        proposals: list[tuple[int, ...]] = []
         prompt_logprobs: list[tuple[int, tuple[TokenLogprobs, ...]]] = []
         failed: list[FailedRow] = []
         for row in plan.rows:
@@ -168,12 +189,12 @@ class FakeExecutor:
             if row.prompt_logprobs:
                 prompt_logprobs.append((row.slot, _prompt_entries(row, slot)))
             if row.samples:
-                sampled = () if message is not None else (self._draw(slot, context),)
-                slot.append(sampled)
+                sampled = () if message is not None else self._draw(row, slot, context)
                 token_ids.append(sampled)
+                proposals.append(self.propose(slot)[: row.num_proposals] if sampled else ())
                 num_top = slot.start.sampling.num_logprobs
                 logprobs.append(
-                    fake_logprobs(sampled[0], num_top) if sampled and num_top is not None else None
+                    () if num_top is None else tuple(fake_logprobs(it, num_top) for it in sampled)
                 )
         return StepResult(
             plan.step_id,
@@ -182,30 +203,49 @@ class FakeExecutor:
             tuple(prompt_logprobs),
             tuple(failed),
             self._storage.step_done(),
+            proposals=tuple(proposals) if any(proposals) else (),
         )
 
-    def _draw(self, slot: _FakeSlot, context: Sequence[int]) -> int:
-        start = slot.start
+    def _draw(self, row: RowPlan, slot: FakeSlot, context: Sequence[int]) -> tuple[int, ...]:
+        """Draw behind the context, and behind each draft that is what was drawn before it."""
         if len(context) != len(slot.token_ids):
-            raise CacheMismatch(f"slot {start.slot} samples before its last known token")
+            raise CacheMismatch(f"slot {row.slot} samples before its last known token")
+        sampled: list[int] = []
+        for draft in (*row.draft_token_ids, None):
+            sampled.append(self.next_token(slot))
+            slot.append(sampled[-1:])
+            if sampled[-1] != draft:
+                break
+            # The draft's place was written by this step: read it, as the next draw does.
+            self._check_held(row, slot, len(slot.token_ids) - 1)
+            if self._fail_rows is not None and self._fail_rows(row, slot.token_ids) is not None:
+                break  # as a NaN behind the first token: the next step meets it again
+        return tuple(sampled)
+
+    def next_token(self, slot: FakeSlot) -> int:
+        """Return what the model says behind a slot's tokens."""
+        start = slot.start
         return self.model.next_token(
-            context, start.num_prompt_tokens, start.sampling, start.choice_index
+            slot.token_ids, start.num_prompt_tokens, start.sampling, start.choice_index
         )
 
-    def _gather(self, row: RowPlan, slot: _FakeSlot) -> list[int]:
-        """Read the row's context through the block table, and compare it with the tokens."""
+    def _gather(self, row: RowPlan, slot: FakeSlot) -> list[int]:
+        """Read the row's known context through the block table, and compare it with the tokens."""
         context: list[int] = []
-        num_tokens = row.start + row.num_tokens
+        num_tokens = row.start + row.num_tokens - len(row.draft_token_ids)
         for position in range(num_tokens):
-            held = self._held(slot, position)
-            if held != slot.cells[position]:
-                raise CacheMismatch(
-                    f"slot {row.slot}, position {position}: block "
-                    f"{slot.block_table[position // self._size]} holds {held}, "
-                    f"expected token {slot.token_ids[position]}"
-                )
+            self._check_held(row, slot, position)
             context.append(slot.token_ids[position])
         return context
+
+    def _check_held(self, row: RowPlan, slot: FakeSlot, position: int) -> None:
+        held = self._held(slot, position)
+        if held != slot.cells[position]:
+            raise CacheMismatch(
+                f"slot {row.slot}, position {position}: block "
+                f"{slot.block_table[position // self._size]} holds {held}, "
+                f"expected token {slot.token_ids[position]}"
+            )
 
 
 def _cell_after(before: Cell, token_id: int) -> Cell:
@@ -219,7 +259,7 @@ def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(token_id, logprob, ((token_id, logprob),) if num_top else ())
 
 
-def _prompt_entries(row: RowPlan, slot: _FakeSlot) -> tuple[TokenLogprobs, ...]:
+def _prompt_entries(row: RowPlan, slot: FakeSlot) -> tuple[TokenLogprobs, ...]:
     """One entry for each position of the row that predicts a prompt token."""
     start = slot.start
     end = min(row.start + row.num_tokens, start.num_prompt_tokens - 1)

@@ -22,6 +22,7 @@ from rillgate_server.core.request import (
     FinishReason,
     Rejection,
     RejectReason,
+    Speculation,
 )
 from rillgate_server.core.step import (
     ChoiceFinished,
@@ -163,6 +164,7 @@ class Generation:
             num_shared_prefix_tokens=self._prepared.num_shared_prefix_tokens,
             tenant=self._prepared.account.tenant,
             priority=call.priority,
+            speculation=call.speculation,
             time_remaining_s=time_remaining_s,
             waited_s=max(0.0, self._clock.now() - self._arrival_s),
         )
@@ -376,4 +378,7 @@ def refusal(rejection: Rejection, time_remaining_s: float | None) -> RillgateErr
         return Overloaded(rejection.message, rejection.retry_after_s)
     if rejection.reason is RejectReason.DRAINING:
         return Draining(rejection.message)
+    if rejection.reason is RejectReason.NO_DRAFT_MODEL:
+        allowed = "off, prompt-lookup or auto: this server has no draft model"
+        return InvalidRequest.of("speculation", Speculation.DRAFT_MODEL.value, allowed)
     return InvalidRequest.of("request", "refused by the engine", rejection.message)

@@ -21,6 +21,7 @@ from rillgate_server.config.settings import Settings
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.clock import Clock, SystemClock
 from rillgate_server.core.model_spec import ModelSpec
+from rillgate_server.core.quantization import Quantization, resolve_quantization
 from rillgate_server.core.welcome import Welcome
 from rillgate_server.gateway.control import ControlService
 from rillgate_server.gateway.fleet import Fleet
@@ -149,7 +150,9 @@ def run_gateway(settings: Settings, model_dir: Path) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code. Says READY once it can answer."""
     configure_logging(settings.log.level)
     spec = read_model_spec(model_dir, settings.model.name or None, needs_tokenizer=True)
-    spec = spec.with_quantization(settings.model.quantization)
+    spec = spec.with_quantization(
+        resolve_quantization(Quantization.of(settings.model), model_dir).version
+    )
     spec = spec.with_context_of(settings.model.max_context_tokens)
     text = ModelText.load(model_dir)
     shared = SharedPrefixes.load(settings.gateway.shared_prefixes, text, unix_time_ms())

@@ -173,12 +173,17 @@ class KVCacheManager:
             )
         return StartedTable(len(chain) * size, (len(chain) - num_hits) * size)
 
-    def try_grow(self, table: BlockTable, num_tokens: int) -> tuple[int, ...] | None:
-        """Make the table cover `num_tokens`; return the new blocks, or None: too few left."""
+    def try_grow(
+        self, table: BlockTable, num_tokens: int, headroom_blocks: int = 0
+    ) -> tuple[int, ...] | None:
+        """Make the table cover `num_tokens`; return the new blocks, or None: too few left.
+
+        `headroom_blocks` would remain available.
+        """
         num_new = self.num_blocks_for(num_tokens) - len(table.blocks)
         if num_new <= 0:
             return ()
-        if num_new > self.pool.num_available:
+        if num_new > self.pool.num_available - headroom_blocks:
             return None
         new_blocks = self.pool.allocate(num_new)
         table.blocks += new_blocks

@@ -28,6 +28,13 @@ class CacheDemand:
     block_size_tokens: int
     block_bytes: int
     kv_dtype: str
+    draft_block_bytes: int = 0
+    """What a draft model keeps beside each block of the device tier."""
+
+    @property
+    def device_block_bytes(self) -> int:
+        """Of one block in the device tier, with what goes with it."""
+        return self.block_bytes + self.draft_block_bytes
 
     @property
     def num_context_blocks(self) -> int:
@@ -51,7 +58,7 @@ def choose_cache_sizes(config: CacheConfig, free: FreeMemory, demand: CacheDeman
     taken_bytes = host_bytes if free.is_shared else 0
     device_bytes = _device_bytes(config, free.device_bytes, taken_bytes, demand)
     return CacheSizes(
-        device_bytes // demand.block_bytes,
+        device_bytes // demand.device_block_bytes,
         demand.block_bytes,
         demand.kv_dtype,
         host_bytes // demand.block_bytes,
@@ -71,7 +78,8 @@ def _host_bytes(config: CacheConfig, free: FreeMemory, demand: CacheDemand) -> i
         raise OutOfMemory("cache.host_memory", asked_bytes, free.host_bytes)
     if 0 < asked_bytes < needed_bytes:
         given = f"cache.host_memory is {config.host_memory!r}"
-        raise ConfigError(f"{_too_small(given, asked_bytes, demand)}, or 0 for no host tier")
+        too_small = _too_small(given, asked_bytes, demand, demand.block_bytes)
+        raise ConfigError(f"{too_small}, or 0 for no host tier")
     return asked_bytes
 
 
@@ -84,22 +92,22 @@ def _device_bytes(
     given = f"cache.device_memory is {config.device_memory!r}"
     if asked_bytes is None:
         half = int((free_bytes - taken_bytes) * FREE_MEMORY_FRACTION)
-        asked_bytes = min(half, demand.num_useful_blocks * demand.block_bytes)
+        asked_bytes = min(half, demand.num_useful_blocks * demand.device_block_bytes)
         given += f" (half of the {free_bytes - taken_bytes} bytes that are free)"
     elif asked_bytes + taken_bytes > free_bytes:
         both = " and cache.host_memory together" if taken_bytes else ""
         raise OutOfMemory(f"cache.device_memory{both}", asked_bytes + taken_bytes, free_bytes)
-    if asked_bytes < demand.num_context_blocks * demand.block_bytes:
-        raise ConfigError(_too_small(given, asked_bytes, demand))
+    if asked_bytes < demand.num_context_blocks * demand.device_block_bytes:
+        raise ConfigError(_too_small(given, asked_bytes, demand, demand.device_block_bytes))
     return asked_bytes
 
 
-def _too_small(given: str, given_bytes: int, demand: CacheDemand) -> str:
+def _too_small(given: str, given_bytes: int, demand: CacheDemand, block_bytes: int) -> str:
     """Say what a tier has, what it must have, and what can be done."""
     num_blocks = demand.num_context_blocks
     return (
-        f"{given}: {given_bytes // demand.block_bytes} blocks of {demand.block_bytes} bytes, but "
+        f"{given}: {given_bytes // block_bytes} blocks of {block_bytes} bytes, but "
         f"one request of the context length, {demand.max_context_tokens} tokens, needs "
-        f"{num_blocks} blocks, {num_blocks * demand.block_bytes} bytes; allowed: at least that, or "
+        f"{num_blocks} blocks, {num_blocks * block_bytes} bytes; allowed: at least that, or "
         f"a lower model.max_context_tokens"
     )

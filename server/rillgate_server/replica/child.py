@@ -34,7 +34,8 @@ SUPERVISED = "RILLGATE_SUPERVISED"
 """In a child's environment: somebody reads PROGRESS lines and shows them, and passes stderr on to a
 `terminal` or a `log`."""
 
-_LEASH = Path(__file__).with_name("leash.py")
+LEASH = Path(__file__).with_name("leash.py")
+"""`LEASH PARENT_PID COMMAND …`: the command dies with that parent."""
 _NUM_LAST_LINES = 20
 _MAX_LINE_BYTES = 1 << 16
 _PIPE_GRACE_S = 1.0  # for a dead child's last words, when something it started holds the pipe
@@ -88,7 +89,7 @@ class Child:
     ) -> "Child":
         """Start the process: on a leash, and out of the terminal's Ctrl-C (we pass it on)."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(_LEASH), str(os.getpid()), *spec.command),
+            *(sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), *spec.command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -7,7 +7,7 @@ a command line shows to everybody). Starts nothing.
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def replica_groups(
         path = settings.replica.socket or str(directory / f"{REPLICA}-{index}.sock")
         named = replace(settings.replica, name=replica_name(settings, index), socket=path)
         children = rank_children(settings.model_copy(update={"replica": named}), ranks)
-        fresh = _fresh_rendezvous if len(ranks) > 1 else dict
+        fresh = fresh_rendezvous if len(ranks) > 1 else dict
         groups.append(GroupSpec(named.name, children, fresh))
     return groups
 
@@ -103,8 +103,9 @@ def _environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def _fresh_rendezvous() -> Mapping[str, str]:
-    """Take a port that is free now: one of an earlier start could still be waited on there."""
+def fresh_rendezvous() -> dict[str, str]:
+    """Return the variable that names a port which is free now: one of an earlier start could still
+    be waited on there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return {"RILLGATE_REPLICA__RENDEZVOUS": f"127.0.0.1:{probe.getsockname()[1]}"}

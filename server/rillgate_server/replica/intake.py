@@ -47,6 +47,7 @@ def to_request(
         num_shared_prefix_tokens=submission.num_shared_prefix_tokens,
         tenant=submission.tenant,
         priority=submission.priority,
+        speculation=submission.speculation,
         arrival_s=now_s - submission.waited_s,
         deadline_s=None if remaining_s is None else now_s + remaining_s,
     )

@@ -11,13 +11,14 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from rillgate_server.config.settings import Settings
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
+from rillgate_server.core.quantization import Quantization, resolve_quantization
 from rillgate_server.core.release import release_of
 from rillgate_server.core.step_codec import STEP_FORMAT
 from rillgate_server.errors import RankLost, RillgateError
@@ -34,10 +35,12 @@ from rillgate_server.worker.compute_device import (
     find_device,
     free_memory,
 )
+from rillgate_server.worker.draft_model import check_draft_model
 from rillgate_server.worker.rank_executor import RankExecutor
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_loop import run_rank
 from rillgate_server.worker.rendezvous import RankPlace
+from rillgate_server.worker.weight_bytes import WeightBytes
 from rillgate_server.worker.worker import Worker, WorkerOptions, check_ranks, resolve_dtype
 
 _RELEASES = ("rillgate", "torch", "transformers")
@@ -54,6 +57,9 @@ def run_replica(settings: Settings, model_dir: Path) -> int:
     """
     configure_logging(settings.log.level)
     place = find_place(settings.replica, os.environ)
+    if settings.speculation.draft_model:
+        draft = read_model_spec(Path(settings.speculation.draft_model))
+        check_draft_model(draft, read_model_spec(model_dir))
     if place.is_door:
         check_doors(settings.replica, settings.link)
     if place.ranks == 1:
@@ -65,30 +71,67 @@ def run_replica(settings: Settings, model_dir: Path) -> int:
         return _end_lost()
 
 
-def _serve(settings: Settings, model_dir: Path) -> int:
-    """Serve a model that is whole."""
-    device = find_device()
+@dataclass(frozen=True, slots=True)
+class ReadyModel:
+    """A model that is loaded, with its cache."""
+
+    executor: Worker | RankExecutor
+    """What carries out plans; to be closed."""
+    spec: ModelSpec
+    """As it is served: named, with the context of the settings."""
+    sizes: CacheSizes
+    weights: WeightBytes
+    """Of this process: of a split model, rank 0's."""
+
+
+def load_whole(settings: Settings, model_dir: Path, device: Device) -> ReadyModel:
+    """Load a model that is not split, and give it a cache."""
+    worker = _load_worker(settings, model_dir, device)
+    spec = _serving_spec(settings, worker.spec)
     find_free_memory = partial(free_memory, device, settings.replica.max_memory_bytes, 1)
-    with _loading() as loading:
-        worker = loading.submit(_load_worker, settings, model_dir, device).result()
-        spec = _serving_spec(settings, worker.spec)
-        sizes = loading.submit(_allocate_cache, settings, spec, worker, find_free_memory).result()
-    _freeze()
-    try:
-        return serve_engine(settings, spec, sizes, worker)
-    finally:
-        worker.close()
+    sizes = _allocate_cache(settings, spec, worker, find_free_memory)
+    return ReadyModel(worker, spec, sizes, worker.weights)
 
 
-def _run_split(settings: Settings, model_dir: Path, place: Place) -> int:
-    """Serve a split model as rank 0, or carry out its plans as another."""
+def load_leader(
+    settings: Settings, model_dir: Path, device: Device, group: RankGroup
+) -> ReadyModel:
+    """Load rank 0's part of a split model, wait for the others', and give all of it a cache."""
+    own = _find_free_memory(settings, device, group)
+    worker = _load_worker(settings, model_dir, device, group)
+    executor = RankExecutor(worker, group)
+    spec = _serving_spec(settings, worker.spec)
+    sizes = _allocate_cache(settings, spec, executor, partial(executor.least_free_memory, own))
+    # A block of the model has parts on all ranks.
+    sizes = replace(sizes, block_bytes=sizes.block_bytes * group.place.ranks)
+    return ReadyModel(executor, spec, sizes, worker.weights)
+
+
+def join_ranks(settings: Settings, model_dir: Path, place: Place, device: Device) -> RankGroup:
+    """Meet the other ranks of a split model, which must have the same settings."""
     check_ranks(model_dir, place.ranks)
-    device = find_device(place.local_rank)
-    group = RankGroup.join(
+    return RankGroup.join(
         RankPlace(place.rank, place.ranks, place.host, place.port, place.agent_attempt),
         _facts(settings, model_dir, place.ranks) | {"device type": device.type},
         device,
     )
+
+
+def _serve(settings: Settings, model_dir: Path) -> int:
+    """Serve a model that is whole."""
+    with _loading() as loading:
+        ready = loading.submit(load_whole, settings, model_dir, find_device()).result()
+    _freeze()
+    try:
+        return serve_engine(settings, ready.spec, ready.sizes, ready.executor)
+    finally:
+        ready.executor.close()
+
+
+def _run_split(settings: Settings, model_dir: Path, place: Place) -> int:
+    """Serve a split model as rank 0, or carry out its plans as another."""
+    device = find_device(place.local_rank)
+    group = join_ranks(settings, model_dir, place, device)
     try:
         run = _lead if place.rank == 0 else _follow
         return run(settings, model_dir, device, group)
@@ -99,20 +142,14 @@ def _run_split(settings: Settings, model_dir: Path, place: Place) -> int:
 
 
 def _lead(settings: Settings, model_dir: Path, device: Device, group: RankGroup) -> int:
-    own = _find_free_memory(settings, device, group)
     with _loading() as loading:
-        worker = loading.submit(_load_worker, settings, model_dir, device, group).result()
-        executor = RankExecutor(worker, group)
-        spec = _serving_spec(settings, worker.spec)
-        sizes = loading.submit(
-            _allocate_cache, settings, spec, executor, partial(executor.least_free_memory, own)
-        ).result()
+        ready = loading.submit(load_leader, settings, model_dir, device, group).result()
     _freeze()
+    executor = ready.executor
+    assert isinstance(executor, RankExecutor)
     replica = replace(settings.replica, tensor_parallel_size=group.place.ranks)
     settings = settings.model_copy(update={"replica": replica})
-    # A block of the model has parts on all ranks.
-    sizes = replace(sizes, block_bytes=sizes.block_bytes * group.place.ranks)
-    code = serve_engine(settings, spec, sizes, executor, executor.call_on_loss)
+    code = serve_engine(settings, ready.spec, ready.sizes, executor, executor.call_on_loss)
     if code == EXIT_ENGINE_FAILED:
         return _end_lost()
     executor.close()
@@ -158,7 +195,9 @@ def _facts(settings: Settings, model_dir: Path, ranks: int) -> dict[str, str]:
         "step format": str(STEP_FORMAT),
         "model digest": spec.version_digest,
         "model.dtype": resolve_dtype(settings.model.dtype, spec.dtype),
-        "model.quantization": settings.model.quantization,
+        "model.quantization": resolve_quantization(
+            Quantization.of(settings.model), model_dir
+        ).version,
         "cache.kv_dtype": settings.cache.kv_dtype,
         "cache.block_size_tokens": str(settings.cache.block_size_tokens),
     }
@@ -196,9 +235,14 @@ def _load_worker(
         kv_dtype=settings.cache.kv_dtype,
         device=device,
         quantization=settings.model.quantization,
+        quantization_exclude=settings.model.quantization_exclude,
+        quantization_include=settings.model.quantization_include,
     )
     with loading_progress(sys.stdout, sys.stderr) as on_progress:
         worker = Worker.load(model_dir, options, on_progress, group)
+    if settings.speculation.draft_model and (group is None or group.place.rank == 0):
+        draft_dir = Path(settings.speculation.draft_model)
+        worker.use_draft_model(Worker.load(draft_dir, replace(options, kv_dtype="auto")))
     where = describe(device)
     _log.info(
         "loaded %s in %.1f s; computing on %s", model_dir, time.monotonic() - started_s, where
@@ -221,6 +265,7 @@ def _allocate_cache(
             settings.cache.block_size_tokens,
             worker.layout.block_bytes,
             worker.layout.kv_dtype,
+            worker.draft_block_bytes,
         ),
     )
     worker.allocate_cache(sizes.num_device_blocks, sizes.num_host_blocks, settings.cache.audit)

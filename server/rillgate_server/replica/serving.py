@@ -64,7 +64,7 @@ async def _serve(
     clock = SystemClock()
     service = EngineService(spec.eos_token_ids, _welcome(settings, spec, sizes), clock)
     ended = _Ending()
-    scheduler = Scheduler(settings.batcher, settings.cache, spec, sizes)
+    scheduler = Scheduler(settings.batcher, settings.cache, spec, sizes, settings.speculation)
     engine_loop = EngineLoop(
         Engine(scheduler, executor, clock), clock, service.on_event, ended.on_fatal
     )

@@ -3,20 +3,23 @@
 Owns nothing but the order of choices made here; queue and batch own their state. Does not know
 requests, events or results.
 
-    a step's budget     | decode rows: 1 token each | prefill chunks, highest rank first |
-                        0                           ▲ at most max_prefill_chunk_tokens when
-                                                      there are decode rows     max_step_tokens
+    a step's budget   | decode rows: 1 token each | drafts | prefill chunks, highest rank first |
+                      0                                    ▲ at most max_prefill_chunk_tokens when
+                                                             there are decode rows  max_step_tokens
 
 Decode rows come first and there are never more than max_running <= max_step_tokens of them, so
-every running stream gets a token in every step, whatever enters.
+every running stream gets a token in every step, whatever enters. Drafts take at most half of what
+they leave, and only blocks that nobody needs to grow: they delay nobody's start for long, and
+nobody is preempted for a guess.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rillgate_server.config.groups import BatcherConfig
 from rillgate_server.core.step import RowPlan, SlotStart, StepPlan
 from rillgate_server.kvcache.cost_model import StepWork
+from rillgate_server.scheduler.drafting import BatchCost, Drafter
 from rillgate_server.scheduler.request_queue import RequestQueue
 from rillgate_server.scheduler.running_batch import RunningBatch
 from rillgate_server.scheduler.sequence import Sequence, SequenceState
@@ -39,7 +42,7 @@ class OpenPlan:
 
 
 @dataclass(slots=True)
-class _Draft:
+class _Sketch:
     """A plan in the making."""
 
     rows: list[RowPlan] = field(default_factory=list)
@@ -50,6 +53,14 @@ class _Draft:
     num_decode_context: int = 0
     num_prefill_tokens: int = 0
     num_prefill_context: int = 0
+
+    def add_decode(self, row: RowPlan, sequence: Sequence) -> None:
+        """Add a decode row; each draft costs what a row costs."""
+        self.rows.append(row)
+        self.sequences.append(sequence)
+        first = row.start + 1
+        self.num_decode_rows += row.num_tokens
+        self.num_decode_context += sum(range(first, first + row.num_tokens))
 
     @property
     def work(self) -> StepWork:
@@ -65,15 +76,20 @@ class _Draft:
 class PlanFormer:
     """Forms plans.
 
-    State: the number of the latest one; since when an idle batch gathers, and when it must end to.
+    State: the number of the latest one, and of its drafts; since when an idle batch gathers, and
+    when it must end to.
     """
 
-    def __init__(self, config: BatcherConfig, batch: RunningBatch, queue: RequestQueue) -> None:
-        """Take the batch and the queue that plans are formed from."""
+    def __init__(
+        self, config: BatcherConfig, batch: RunningBatch, queue: RequestQueue, drafter: Drafter
+    ) -> None:
+        """Take the batch and the queue that plans are formed from, and who makes drafts."""
         self.step_id = 0
         self._config = config
         self._batch = batch
         self._queue = queue
+        self._drafter = drafter
+        self._num_drafts = 0  # of the latest plan
         self._gathering_since_s: float | None = None
         self._latest_start_s = math.inf
 
@@ -85,37 +101,38 @@ class PlanFormer:
         """Blocks that running sequences take while a store runs; on average, and one more."""
         num_running = len(self._batch.sequences)
         size = self._batch.cache.block_size_tokens
-        return num_running and 1 + -(-num_running * _STORE_STEPS // size)
+        num_tokens = (num_running + self._num_drafts) * _STORE_STEPS
+        return num_running and 1 + -(-num_tokens // size)
 
     def form(self, now: float) -> OpenPlan | None:
         """Form the next step; None when nothing can be computed or copied, or is to wait."""
-        batch, draft = self._batch, _Draft()
+        batch, sketch = self._batch, _Sketch()
         for broken in batch.take_broken():
             self._queue.push(broken, now)
             self.end_window_by(now)  # it has waited once
-        self._add_decodes(draft, now)
-        budget = self._config.max_step_tokens - draft.num_decode_rows
-        if draft.num_decode_rows:
+        self._add_decodes(sketch, now)
+        budget = self._config.max_step_tokens - sketch.num_decode_rows
+        if sketch.num_decode_rows:
             budget = min(budget, self._config.max_prefill_chunk_tokens)
-        budget = self._add_loaded(draft, budget)
-        budget = self._add_prefills(draft, budget)
+        budget = self._add_loaded(sketch, budget)
+        budget = self._add_prefills(sketch, budget)
         if not self.gathering_s(now):
-            self._admit(draft, budget, now)
+            self._admit(sketch, budget, now)
         batch.cache.plan_stores(self.store_headroom_blocks)
         copies = batch.cache.take_copies()
-        if not draft.rows and not batch.cache.has_copies:
+        if not sketch.rows and not batch.cache.has_copies:
             return None
-        for sequence in draft.sequences:
+        for sequence in sketch.sequences:
             sequence.is_planned = True
         self.step_id += 1
         plan = StepPlan(
             self.step_id,
-            tuple(draft.starts),
-            tuple(draft.rows),
+            tuple(sketch.starts),
+            tuple(sketch.rows),
             batch.slots.announce(),
             copies,
         )
-        return OpenPlan(plan, tuple(draft.sequences), tuple(draft.started), draft.work, now)
+        return OpenPlan(plan, tuple(sketch.sequences), tuple(sketch.started), sketch.work, now)
 
     def forget_window(self) -> None:
         """Note that work comes to an idle replica: whatever window there was is over.
@@ -142,9 +159,10 @@ class PlanFormer:
         end_s = self._gathering_since_s + config.max_queue_delay_ms / 1e3
         return max(0.0, min(end_s, self._latest_start_s) - now)
 
-    def _add_decodes(self, draft: _Draft, now: float) -> None:
+    def _add_decodes(self, sketch: _Sketch, now: float) -> None:
         """Give each decoding sequence its next position, those of the highest rank first."""
         batch, try_grow = self._batch, self._batch.cache.try_grow
+        decoding: list[tuple[Sequence, tuple[int, ...]]] = []
         for sequence in tuple(batch.sequences):
             if sequence.state is not SequenceState.RUNNING or sequence.num_remaining != 1:
                 continue
@@ -160,28 +178,59 @@ class PlanFormer:
                 if victim is sequence:
                     break
             if new_blocks is not None:
-                draft.rows.append(RowPlan(sequence.slot, num_tokens - 1, 1, new_blocks))
-                draft.sequences.append(sequence)
-                draft.num_decode_rows += 1
-                draft.num_decode_context += num_tokens
+                decoding.append((sequence, new_blocks))
+        costs = BatchCost(len(decoding), sum(len(s.token_ids) for s, _ in decoding))
+        budget = (self._config.max_step_tokens - len(decoding)) // 2
+        for sequence, new_blocks in decoding:
+            row = RowPlan(sequence.slot, len(sequence.token_ids) - 1, 1, new_blocks)
+            if sequence.drafts is not None:
+                row = self._with_drafts(row, sequence, budget, costs)
+                budget -= len(row.draft_token_ids)
+            sketch.add_decode(row, sequence)
+        self._num_drafts = sketch.num_decode_rows - len(decoding)
 
-    def _add_loaded(self, draft: _Draft, budget: int) -> int:
+    def _with_drafts(
+        self, row: RowPlan, sequence: Sequence, budget: int, costs: BatchCost
+    ) -> RowPlan:
+        """Add drafts to a decode row, as far as budget and blocks reach."""
+        assert sequence.drafts is not None
+        cache, drafter, num_known = self._batch.cache, self._drafter, len(sequence.token_ids)
+        num_left = sequence.group.request.max_tokens - sequence.num_generated
+        most = min(num_left - 1, budget)  # the step gives a token more than its drafts
+        drafts = drafter.choose(sequence.drafts, sequence.token_ids, most, costs)
+        num_proposals = drafter.num_proposals(sequence.drafts, num_left - 2, costs)
+        # The draft model writes its proposals but the last into the same blocks.
+        asked = num_known + len(drafts) + num_proposals
+        new_blocks = cache.try_grow(sequence.table, asked, len(self._batch.sequences))
+        if new_blocks is None:
+            new_blocks = ()
+            num_room = len(sequence.table.blocks) * cache.block_size_tokens - num_known
+            drafts = drafts[:num_room]
+        return replace(
+            row,
+            num_tokens=1 + len(drafts),
+            new_blocks=row.new_blocks + new_blocks,
+            draft_token_ids=drafts,
+            num_proposals=num_proposals,
+        )
+
+    def _add_loaded(self, sketch: _Sketch, budget: int) -> int:
         """Start those whose blocks have arrived: little is left to compute of them, as a rule."""
         while budget > 0 and (sequence := self._batch.run_loaded()) is not None:
-            budget -= self._start(draft, sequence, budget)
+            budget -= self._start(sketch, sequence, budget)
         return budget
 
-    def _add_prefills(self, draft: _Draft, budget: int) -> int:
+    def _add_prefills(self, sketch: _Sketch, budget: int) -> int:
         """Continue the prefills that run; return what is left of the budget."""
-        just_started = set(map(id, draft.started))
+        just_started = set(map(id, sketch.started))
         for sequence in self._batch.sequences:
             if budget == 0:
                 break
             if sequence.num_remaining > 1 and id(sequence) not in just_started:
-                budget -= self._add_chunk(draft, sequence, budget)
+                budget -= self._add_chunk(sketch, sequence, budget)
         return budget
 
-    def _admit(self, draft: _Draft, budget: int, now: float) -> None:
+    def _admit(self, sketch: _Sketch, budget: int, now: float) -> None:
         """Start those who wait, strictly in the queue's order, while slots, blocks, budget last.
 
         A victim of this step stands at the head of its class. It needs all of its blocks again and
@@ -196,13 +245,13 @@ class PlanFormer:
             taken = queue.pop(now)
             assert taken is sequence, (taken, sequence)
             if sequence.state is SequenceState.RUNNING:
-                budget -= self._start(draft, sequence, budget)
+                budget -= self._start(sketch, sequence, budget)
 
-    def _start(self, draft: _Draft, sequence: Sequence, budget: int) -> int:
+    def _start(self, sketch: _Sketch, sequence: Sequence, budget: int) -> int:
         """Set up a slot, and add the first chunk; return its tokens."""
         self._queue.started(sequence, sequence.num_remaining)
-        draft.started.append(sequence)
-        draft.starts.append(
+        sketch.started.append(sequence)
+        sketch.starts.append(
             SlotStart(
                 sequence.slot,
                 tuple(sequence.token_ids),
@@ -212,12 +261,12 @@ class PlanFormer:
                 sequence.choice_index,
             )
         )
-        return self._add_chunk(draft, sequence, budget)
+        return self._add_chunk(sketch, sequence, budget)
 
-    def _add_chunk(self, draft: _Draft, sequence: Sequence, budget: int) -> int:
+    def _add_chunk(self, sketch: _Sketch, sequence: Sequence, budget: int) -> int:
         """Add as much of a prefill as the budget allows; return its tokens."""
         start, num_tokens = sequence.num_computed, min(sequence.num_remaining, budget)
-        draft.rows.append(
+        sketch.rows.append(
             RowPlan(
                 sequence.slot,
                 start,
@@ -227,7 +276,7 @@ class PlanFormer:
                 and start < sequence.num_prompt_tokens - 1,
             )
         )
-        draft.sequences.append(sequence)
-        draft.num_prefill_tokens += num_tokens
-        draft.num_prefill_context += num_tokens * start + num_tokens * (num_tokens + 1) // 2
+        sketch.sequences.append(sequence)
+        sketch.num_prefill_tokens += num_tokens
+        sketch.num_prefill_context += num_tokens * start + num_tokens * (num_tokens + 1) // 2
         return num_tokens

@@ -97,14 +97,14 @@ class RequestQueue:
             self._charge(sequence, W_INPUT * num_tokens)
 
     def charge_step(
-        self, sampled: Iterable[Sequence], holders: Iterable[Sequence], seconds: float
+        self, sampled: Iterable[tuple[Sequence, int]], holders: Iterable[Sequence], seconds: float
     ) -> None:
-        """Charge a step of `seconds`: a token to each of `sampled`, what they hold to `holders`.
+        """Charge a step of `seconds`: their tokens to `sampled`, what they hold to `holders`.
 
         A shared block is charged to each holder: it stays because of each. O(holders).
         """
-        for sequence in sampled:
-            self._charge(sequence, W_OUTPUT)
+        for sequence, num_tokens in sampled:
+            self._charge(sequence, W_OUTPUT * num_tokens)
         per_token = W_KV_SECOND * seconds
         for sequence in holders:
             self._charge(sequence, per_token * len(sequence.token_ids))

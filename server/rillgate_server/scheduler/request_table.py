@@ -132,19 +132,34 @@ class RequestTable:
             group.held.clear()
 
     def append(
-        self, sequence: Sequence, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None
-    ) -> None:
-        """Take in sampled tokens, and end the choice if they do."""
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> int:
+        """Take in sampled tokens, up to the one that ends the choice; return how many those are.
+
+        `finish` then ends it: first its blocks are offered to others.
+        """
+        offset, num_kept = sequence.num_generated, 0
+        for token_id in token_ids:
+            sequence.token_ids.append(token_id)
+            num_kept += 1
+            if _finish_reason(sequence) is not None:
+                break
         self.events.tokens.append(
             ChoiceTokens(
                 sequence.group.request.request_id,
                 sequence.choice_index,
-                sequence.num_generated,
-                token_ids,
-                () if logprobs is None else (logprobs,),
+                offset,
+                token_ids[:num_kept],
+                logprobs[:num_kept],
             )
         )
-        sequence.token_ids += token_ids
+        return num_kept
+
+    def finish(self, sequence: Sequence) -> None:
+        """End the choice if its tokens do."""
         reason = _finish_reason(sequence)
         if reason is not None:
             self.events.finished.append(_finished(sequence, reason))

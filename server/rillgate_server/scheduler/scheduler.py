@@ -13,30 +13,33 @@ At most one plan is open. While it is, the blocks that it names are owned, whate
 their request; a result for a request that ended meanwhile is dropped.
 """
 
-from collections.abc import Set
 from dataclasses import replace
 
-from rillgate_server.config.groups import BatcherConfig, CacheConfig
+from rillgate_server.config.groups import BatcherConfig, CacheConfig, SpeculationConfig
 from rillgate_server.core.block_events import BlockDelta, TierHashes
 from rillgate_server.core.block_hash import root_hash
 from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
-from rillgate_server.core.request import Rejection, RejectReason, Request
-from rillgate_server.core.step import StepOutput, StepPlan, StepResult
+from rillgate_server.core.request import Rejection, RejectReason, Request, Speculation
+from rillgate_server.core.step import RowPlan, StepOutput, StepPlan, StepResult
 from rillgate_server.errors import EngineFailure
 from rillgate_server.kvcache.block_table import BlockTable
 from rillgate_server.kvcache.cost_model import CostModel, StepWork
 from rillgate_server.kvcache.manager import KVCacheManager
 from rillgate_server.kvcache.tier_plan import CachePolicy
 from rillgate_server.scheduler.admission import Admission
+from rillgate_server.scheduler.drafting import Drafter
 from rillgate_server.scheduler.plan_former import OpenPlan, PlanFormer
 from rillgate_server.scheduler.request_queue import RequestQueue
 from rillgate_server.scheduler.request_table import RequestTable
 from rillgate_server.scheduler.running_batch import RunningBatch
-from rillgate_server.scheduler.sequence import RequestGroup, SequenceState
+from rillgate_server.scheduler.sequence import RequestGroup, Sequence, SequenceState
 
+_NO_SPECULATION = SpeculationConfig()
 STALE_COSTS_S = 10.0
 """Without a prefill; then one request is tried whatever its predicted time to the first token."""
+Sampled = list[tuple[Sequence, int]]
+"""Who has sampled in a step, and how many tokens."""
 
 
 class Scheduler:
@@ -47,7 +50,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, batcher: BatcherConfig, cache: CacheConfig, spec: ModelSpec, sizes: CacheSizes
+        self,
+        batcher: BatcherConfig,
+        cache: CacheConfig,
+        spec: ModelSpec,
+        sizes: CacheSizes,
+        speculation: SpeculationConfig = _NO_SPECULATION,
     ) -> None:
         """Start idle over an empty cache of these sizes."""
         self._costs = CostModel()
@@ -67,7 +75,8 @@ class Scheduler:
             batcher, spec, sizes, cache.block_size_tokens, self._queue, self._costs
         )
         self._requests = RequestTable(self._queue, self._batch, self._admission)
-        self._former = PlanFormer(batcher, self._batch, self._queue)
+        self._drafter = Drafter(speculation, self._costs)
+        self._former = PlanFormer(batcher, self._batch, self._queue, self._drafter)
         self._longest_step = _longest_step(batcher, spec, sizes, cache.block_size_tokens)
         self._num_pageable_host_blocks = sizes.num_pageable_host_blocks
         self._open: OpenPlan | None = None
@@ -95,6 +104,8 @@ class Scheduler:
 
     def add(self, request: Request, now: float) -> Rejection | None:
         """Queue a request, or return why not: then nothing of it is kept."""
+        if request.speculation is Speculation.DRAFT_MODEL and not self._drafter.has_draft_model:
+            return Rejection(RejectReason.NO_DRAFT_MODEL, "there is no draft model here")
         group = RequestGroup(request)
         rejection = self._admission.refuse(
             group,
@@ -114,6 +125,8 @@ class Scheduler:
             needed_s = self._admission.own_prefill_s(request)
             self._former.end_window_by(request.deadline_s - needed_s)
         self._requests.add(group, now)
+        for sequence in group.sequences:
+            sequence.drafts = self._drafter.open(request.speculation)
         return None
 
     def _is_probe(self, request: Request, rejection: Rejection, now: float) -> bool:
@@ -189,27 +202,30 @@ class Scheduler:
                 # A NaN may come from its blocks: as hits they would fail whoever comes later.
                 self._cache.forget(sequence.table)
                 self._requests.fail(sequence.group, failed[row.slot])
-        self._apply_rows(opened, result, now)
+        sampled = self._apply_rows(opened, result, now)
         self._open = None  # last: whatever raises above, `fail_plan` still knows whom it concerns
         self._progress_s = now
-        self._account(opened, failed.keys(), now - opened.began_s)
+        self._account(opened, sampled, result, now - opened.began_s)
         return self._requests.events.take(self._former.step_id)
 
-    def _account(self, opened: OpenPlan, failed: Set[int], seconds: float) -> None:
+    def _account(
+        self, opened: OpenPlan, sampled: Sampled, result: StepResult, seconds: float
+    ) -> None:
         """Learn from the step what steps cost, and charge the tenants for it."""
-        self._costs.step_done(opened.work, seconds)
+        draft_s = result.times.draft_s
+        self._costs.step_done(opened.work, seconds - draft_s)
+        self._drafter.note_proposals(sum(map(len, result.proposals)), draft_s)
         if opened.work.num_prefill_tokens:
             self._measured_s = opened.began_s + seconds
-        sampled = [
-            sequence
-            for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True)
-            if row.samples and row.slot not in failed
-        ]
         holders = self._batch.sequences + self._batch.loading
         self._queue.charge_step(sampled, holders, seconds)
 
-    def _apply_rows(self, opened: OpenPlan, result: StepResult, now: float) -> None:
-        """Walk over the rows; sampling rows take the result's entries in order."""
+    def _apply_rows(self, opened: OpenPlan, result: StepResult, now: float) -> Sampled:
+        """Walk over the rows; sampling rows take the result's entries in order.
+
+        Return who has sampled how many tokens.
+        """
+        sampled: Sampled = []
         prompt_logprobs = dict(result.prompt_logprobs)  # slot -> entries
         num_sampled = 0
         for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True):
@@ -217,13 +233,30 @@ class Scheduler:
             num_sampled += row.samples
             if sequence.state is not SequenceState.RUNNING:
                 continue  # ended meanwhile
-            sequence.num_computed += row.num_tokens
+            num_tokens = 0
+            if row.samples:
+                num_tokens = self._take_tokens(row, sequence, result, position)
+                sampled.append((sequence, num_tokens))
+            # Known tokens, and the accepted drafts: what is behind them is overwritten.
+            num_known = row.num_tokens - len(row.draft_token_ids)
+            sequence.num_computed = row.start + num_known + max(0, num_tokens - 1)
             self._cache.commit(sequence.table, sequence.token_ids, sequence.num_computed)
             if sequence.group.held or sequence.group.prompt_logprobs is not None:
                 self._requests.note_prefill(sequence, prompt_logprobs.get(row.slot, ()), now)
             if row.samples:
-                logprobs = result.logprobs[position] if result.logprobs else None
-                self._requests.append(sequence, result.token_ids[position], logprobs)
+                self._requests.finish(sequence)
+        return sampled
+
+    def _take_tokens(
+        self, row: RowPlan, sequence: Sequence, result: StepResult, position: int
+    ) -> int:
+        """Take in what a row sampled, the result's entry at `position`; return how much is kept."""
+        token_ids = result.token_ids[position]
+        if sequence.drafts is not None:
+            self._drafter.note(sequence.drafts, len(row.draft_token_ids), len(token_ids) - 1)
+            sequence.drafts.proposals = result.proposals[position] if result.proposals else ()
+        logprobs = result.logprobs[position] if result.logprobs else ()
+        return self._requests.append(sequence, token_ids, logprobs)
 
     def take_events(self) -> StepOutput | None:
         """Return what happened without a step, if anything did."""
@@ -273,6 +306,8 @@ class Scheduler:
             prefill_tokens_per_s=self._costs.prefill_tokens_per_s,
             decode_step_s=self._costs.recent_decode_step_s,
             num_preemptions=self._batch.num_preemptions,
+            num_drafted_tokens=self._drafter.num_drafted_tokens,
+            num_accepted_tokens=self._drafter.num_accepted_tokens,
             num_cached_tokens=self._requests.num_cached_tokens,
             num_prompt_tokens=self._requests.num_prompt_tokens,
             free_device_fraction=self._cache.pool.num_available / self._cache.pool.num_blocks,
@@ -330,5 +365,11 @@ def _check_result(opened: OpenPlan, result: StepResult) -> None:
         )
     failed = {row.slot for row in result.failed_rows}
     for row, token_ids in zip(sampling, result.token_ids, strict=True):
-        if len(token_ids) != 1 and row.slot not in failed:
-            raise EngineFailure(f"slot {row.slot} sampled {len(token_ids)} tokens, expected 1")
+        if row.slot in failed:
+            continue
+        drafts = row.draft_token_ids
+        if (
+            not 1 <= len(token_ids) <= 1 + len(drafts)
+            or drafts[: len(token_ids) - 1] != token_ids[:-1]
+        ):
+            raise EngineFailure(f"slot {row.slot} sampled {token_ids} behind drafts {drafts}")

@@ -19,6 +19,7 @@ from enum import Enum, auto
 from rillgate_server.core.request import ChoiceStart, Request
 from rillgate_server.core.step import ChoiceFinished, TokenLogprobs
 from rillgate_server.kvcache.block_table import BlockTable
+from rillgate_server.scheduler.drafting import ChoiceDrafts
 
 
 class SequenceState(Enum):
@@ -39,6 +40,7 @@ class Sequence:
 
     __slots__ = (
         "choice_index",
+        "drafts",
         "group",
         "is_charged",
         "is_planned",
@@ -73,6 +75,8 @@ class Sequence:
         self.is_charged = False
         """Whether its tenant has paid for its input."""
         self.num_preemptions = 0
+        self.drafts: ChoiceDrafts | None = None
+        """Where its drafts come from; None without speculation."""
 
     def __repr__(self) -> str:
         return (

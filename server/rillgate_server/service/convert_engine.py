@@ -16,6 +16,7 @@ from rillgate_server.core.request import (
     Rejection,
     RejectReason,
     RequestRejected,
+    Speculation,
     Tenant,
 )
 from rillgate_server.core.sampling_params import SamplingParams
@@ -46,6 +47,7 @@ _REJECT_TO_WIRE = {
     RejectReason.DEADLINE_NEVER: engine_pb2.REJECT_REASON_DEADLINE_NEVER,
     RejectReason.DEADLINE_NOW: engine_pb2.REJECT_REASON_DEADLINE_NOW,
     RejectReason.DRAINING: engine_pb2.REJECT_REASON_DRAINING,
+    RejectReason.NO_DRAFT_MODEL: engine_pb2.REJECT_REASON_NO_DRAFT_MODEL,
 }
 _REJECT_FROM_WIRE = {wire: reason for reason, wire in _REJECT_TO_WIRE.items()}
 
@@ -56,6 +58,16 @@ PRIORITY_TO_WIRE = {
 }
 _PRIORITY_FROM_WIRE: dict[int, PriorityClass] = {
     wire: priority for priority, wire in PRIORITY_TO_WIRE.items()
+}
+_SPECULATION_TO_WIRE = {
+    None: engine_pb2.ENGINE_SPECULATION_UNSPECIFIED,
+    Speculation.OFF: engine_pb2.ENGINE_SPECULATION_OFF,
+    Speculation.PROMPT_LOOKUP: engine_pb2.ENGINE_SPECULATION_PROMPT_LOOKUP,
+    Speculation.DRAFT_MODEL: engine_pb2.ENGINE_SPECULATION_DRAFT_MODEL,
+    Speculation.AUTO: engine_pb2.ENGINE_SPECULATION_AUTO,
+}
+_SPECULATION_FROM_WIRE: dict[int, Speculation | None] = {
+    wire: method for method, wire in _SPECULATION_TO_WIRE.items()
 }
 
 
@@ -95,6 +107,7 @@ def submit_command(request_key: int, submission: Submission) -> engine_pb2.Engin
             shared_prefix_tokens=submission.num_shared_prefix_tokens,
             time_remaining_ms=_time_remaining_ms(submission.time_remaining_s),
             waited_ms=round(submission.waited_s * 1e3),
+            speculation=_SPECULATION_TO_WIRE[submission.speculation],
         )
     )
 
@@ -130,6 +143,8 @@ def submission_from_wire(submit: engine_pb2.Submit) -> Submission:
         priority=priority_from_wire(submit.priority_class),
         time_remaining_s=submit.time_remaining_ms / 1e3 if submit.time_remaining_ms else None,
         waited_s=submit.waited_ms / 1e3,
+        # One that this version does not know changes no token either: as the replica is set.
+        speculation=_SPECULATION_FROM_WIRE.get(int(submit.speculation)),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from rillgate_proto.v1 import inference_pb2 as pb
 from rillgate_server.config.groups import MAX_MODEL_NAME_BYTES
 from rillgate_server.core.model_spec import ModelSpec
-from rillgate_server.core.request import PriorityClass
+from rillgate_server.core.request import PriorityClass, Speculation
 from rillgate_server.core.sampling_params import MAX_CHOICES, SamplingParams
 from rillgate_server.core.step import TokenLogprobs
 from rillgate_server.errors import (
@@ -59,6 +59,13 @@ _PRIORITY_FROM_WIRE: dict[int, PriorityClass] = {
     pb.PRIORITY_HIGH: PriorityClass.HIGH,
     pb.PRIORITY_NORMAL: PriorityClass.NORMAL,
     pb.PRIORITY_LOW: PriorityClass.LOW,
+}
+_SPECULATION_FROM_WIRE: dict[int, Speculation | None] = {
+    pb.SPECULATION_UNSPECIFIED: None,
+    pb.SPECULATION_OFF: Speculation.OFF,
+    pb.SPECULATION_PROMPT_LOOKUP: Speculation.PROMPT_LOOKUP,
+    pb.SPECULATION_DRAFT_MODEL: Speculation.DRAFT_MODEL,
+    pb.SPECULATION_AUTO: Speculation.AUTO,
 }
 
 
@@ -117,6 +124,7 @@ def to_generate_call(
         ignore_eos=message.stopping.ignore_eos,
         resumption=_resumption(message, num_choices, spec),
         priority=_priority(message),
+        speculation=_speculation(message),
     )
     call.sampling.validate(spec.vocab_size)
     return call
@@ -189,6 +197,12 @@ def _priority(message: pb.GenerateRequest) -> PriorityClass:
     if message.priority not in _PRIORITY_FROM_WIRE:
         raise InvalidRequest.of("priority", message.priority, "a value of Priority")
     return _PRIORITY_FROM_WIRE[message.priority]
+
+
+def _speculation(message: pb.GenerateRequest) -> Speculation | None:
+    if message.speculation not in _SPECULATION_FROM_WIRE:
+        raise InvalidRequest.of("speculation", message.speculation, "a value of Speculation")
+    return _SPECULATION_FROM_WIRE[message.speculation]
 
 
 def _seed(message: pb.GenerateRequest, new_seed: Callable[[], int]) -> int:

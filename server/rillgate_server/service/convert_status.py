@@ -57,6 +57,8 @@ def _load(load: EngineLoad) -> pb.ReplicaStatus:
         num_preemptions=load.num_preemptions,
         num_cached_tokens=load.num_cached_tokens,
         num_prompt_tokens=load.num_prompt_tokens,
+        num_drafted_tokens=load.num_drafted_tokens,
+        num_accepted_tokens=load.num_accepted_tokens,
         device=_tier(load.device),
         host=_tier(load.host),
         copies=_copies(load.copies),

@@ -6,7 +6,7 @@ Checked and resolved by convert_public, worked on by the gateway. Does not know 
 from dataclasses import dataclass
 from enum import Enum
 
-from rillgate_server.core.request import PriorityClass
+from rillgate_server.core.request import PriorityClass, Speculation
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import TokenLogprobs
 
@@ -84,6 +84,8 @@ class GenerateCall:
     ignore_eos: bool = False
     resumption: Resumption | None = None
     priority: PriorityClass = PriorityClass.NORMAL
+    speculation: Speculation | None = None
+    """None: as the replica is set."""
 
 
 # -- what goes out --------------------------------------------------------------------------------

@@ -19,6 +19,18 @@ _MIN_TABLE_BLOCKS = 64
 """Width of the first block tables; they double when a slot needs more."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenRun:
+    """Tokens at positions of one slot that follow one another."""
+
+    start: int
+    """Position of the first."""
+    token_ids: list[int]
+    """At least one."""
+    block_table: Tensor
+    """As in PackedRow."""
+
+
 @dataclass(slots=True)
 class SlotState:
     """One slot."""
@@ -80,24 +92,29 @@ class InputBatch:
         return fresh
 
     def pack(self, rows: Sequence[RowPlan]) -> PackedStep:
-        """Lay all rows' tokens behind one another."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        blocks: list[Tensor] = []
-        packed: list[PackedRow] = []
+        """Lay all rows' tokens behind one another.
+
+        Each draft is a row of its own, over the same blocks: the attention computes it as the
+        decode row that it would be without speculation, so it gets the same numbers.
+        """
+        runs: list[TokenRun] = []
         for row in rows:
             state = self.slot(row.slot)
             end = row.start + row.num_tokens
             self._check(row, state, end)
             table = self._tables[row.slot]
-            packed.append(PackedRow(len(token_ids), row.start, row.num_tokens, table))
-            token_ids.extend(state.token_ids[row.start : end])
-            positions.extend(range(row.start, end))
-            blocks.append(_blocks_of(table, row.start, end, self._block_size))
-        at = torch.tensor(positions)
-        return PackedStep(
-            torch.tensor(token_ids), at, (torch.cat(blocks), at % self._block_size), tuple(packed)
-        )
+            num_known = row.num_tokens - len(row.draft_token_ids)
+            known_end = row.start + num_known
+            runs.append(TokenRun(row.start, state.token_ids[row.start : known_end], table))
+            runs.extend(
+                TokenRun(position, [draft], table)
+                for position, draft in enumerate(row.draft_token_ids, known_end)
+            )
+        return pack_runs(runs, self._block_size)
+
+    def block_table(self, slot: int) -> Tensor:
+        """Return a slot's block table, as PackedRow has it."""
+        return self._tables[slot]
 
     def _start(self, start: SlotStart) -> None:
         if start.slot in self._slots:
@@ -140,16 +157,44 @@ class InputBatch:
 
     def _check(self, row: RowPlan, state: SlotState, end: int) -> None:
         """Refuse a row that names what is not there: a wrong plan must not read others' memory."""
-        if row.start < 0 or row.num_tokens < 1 or end > len(state.token_ids):
+        num_drafts, num_known = len(row.draft_token_ids), len(state.token_ids)
+        known_end = end - num_drafts
+        if row.start < 0 or known_end <= row.start or known_end > num_known:
             raise EngineFailure(
                 f"slot {row.slot} was asked for positions {row.start} to {end}, "
-                f"it has {len(state.token_ids)} tokens"
+                f"it has {num_known} tokens and {num_drafts} drafts"
+            )
+        if num_drafts and not (
+            row.samples
+            and known_end == num_known
+            and all(0 <= draft < self._vocab_size for draft in row.draft_token_ids)
+        ):
+            raise EngineFailure(
+                f"slot {row.slot} has {num_known} tokens; its drafts fit not: {row}"
             )
         if end > state.num_blocks * self._block_size:
             raise EngineFailure(
                 f"slot {row.slot} was asked for positions up to {end}, its {state.num_blocks} "
                 f"blocks hold {state.num_blocks * self._block_size}"
             )
+
+
+def pack_runs(runs: Sequence[TokenRun], block_size_tokens: int) -> PackedStep:
+    """Lay runs behind one another, each a row."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    blocks: list[Tensor] = []
+    packed: list[PackedRow] = []
+    for run in runs:
+        end = run.start + len(run.token_ids)
+        packed.append(PackedRow(len(token_ids), run.start, len(run.token_ids), run.block_table))
+        token_ids.extend(run.token_ids)
+        positions.extend(range(run.start, end))
+        blocks.append(_blocks_of(run.block_table, run.start, end, block_size_tokens))
+    at = torch.tensor(positions)
+    return PackedStep(
+        torch.tensor(token_ids), at, (torch.cat(blocks), at % block_size_tokens), tuple(packed)
+    )
 
 
 def _blocks_of(table: Tensor, start: int, end: int, block_size: int) -> Tensor:

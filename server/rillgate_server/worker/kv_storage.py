@@ -14,7 +14,7 @@ from torch import Tensor
 from rillgate_server.core.model_spec import KVLayout
 from rillgate_server.errors import OutOfMemory
 from rillgate_server.worker.compute_device import CPU, free_bytes
-from rillgate_server.worker.layer_cache import view_layer
+from rillgate_server.worker.layer_cache import SlotMapping, view_layer
 from rillgate_server.worker.pinned_memory import Pin, try_to_pin
 
 _PAGE_BYTES = 4096
@@ -70,6 +70,11 @@ class KVStorage:
         """Zero whole blocks."""
         for block in blocks:
             self.bytes[block].zero_()
+
+    def clear_tokens(self, slot_mapping: SlotMapping) -> None:
+        """Zero what single tokens have left."""
+        for layer in self.layers:
+            layer.clear(slot_mapping)
 
 
 def _reserve(num_bytes: int, device: torch.device) -> Tensor:

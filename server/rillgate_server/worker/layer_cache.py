@@ -108,6 +108,13 @@ class LayerCache:
         self.keys.write(slot_mapping, keys)
         self.values.write(slot_mapping, values)
 
+    def clear(self, slot_mapping: SlotMapping) -> None:
+        """Zero what tokens have left."""
+        for vectors in (self.keys, self.values):
+            vectors.tokens[slot_mapping] = 0
+            if isinstance(vectors, Int8Vectors):
+                vectors.scales[slot_mapping] = 0
+
 
 def view_layer(storage: Tensor, layout: KVLayout, layer: LayerKV) -> LayerCache:
     """View one layer of the cache. storage: [num_blocks, block_bytes], uint8."""

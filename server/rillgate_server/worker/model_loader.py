@@ -1,13 +1,13 @@
 """From a checkpoint's files to a filled network.
 
-Owns in which type each tensor of it is and where, what is quantised, and that memory suffices. The
-network is built without memory (on torch's meta device); then each tensor is read straight into its
-place (worker.weight_places), so the peak is the weights plus one tensor. Does not know the cache,
-plans, or how the network is called; nor how a model is split (worker.sharding does): of a split
-one, each rank reads only its own slices, and has memory for nothing else.
+Owns where each tensor of it is, and that memory suffices. The network is built without memory (on
+torch's meta device); then each tensor is read straight into its place (worker.weight_places), so
+the peak is the weights plus one tensor. Does not know which layers are quantised
+(worker.weight_plan does), the cache, plans, or how the network is called; nor how a model is split
+(worker.sharding does): of a split one, each rank reads only its own slices, and has memory for
+nothing else.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,24 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rillgate_server.core.checkpoint import read_config, read_tensor_entries
+from rillgate_server.core.quantization import AS_THEY_ARE, Quantization, resolve_quantization
 from rillgate_server.errors import CheckpointError, OutOfMemory
 from rillgate_server.worker.compute_device import CPU
 from rillgate_server.worker.host_memory import available_bytes
 from rillgate_server.worker.network.transformers_network import ATTENTION_NAME, rotary_modules
+from rillgate_server.worker.quantization.embedding import Int8Embedding
+from rillgate_server.worker.quantization.experts import QuantizedExperts
+from rillgate_server.worker.quantization.int8 import Int8Linear
 from rillgate_server.worker.sharding import Sharding
 from rillgate_server.worker.weight_places import Progress, Target, fill_places, place_all
+from rillgate_server.worker.weight_plan import (
+    EXPERT_LAYERS,
+    SCALES_SUFFIX,
+    Form,
+    WeightPlan,
+    embedding_name,
+    plan_weights,
+)
 
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies follow the longest sequence of a batch: a neighbour
@@ -31,6 +43,9 @@ would change one's tokens, and cached keys would not fit new ones."""
 
 QuantizeLinear = Callable[[Tensor], nn.Module]
 """From a weight [out_features, in_features], which is not kept, to a layer without its bias."""
+
+RestoreLinear = Callable[[Tensor, Tensor], nn.Module]
+"""From a weight in INT8 and its scales, [out_features], float32, neither of which is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +56,10 @@ class WeightStore:
     free_bytes: int
     """That they may take."""
     quantize: QuantizeLinear | None = None
-    """Makes the linear layers of all but the output head; None: they stay as they are."""
+    """Makes the layers that `quantization` is for; None: all stay as they are."""
+    restore: RestoreLinear | None = None
+    """The same from weights that files hold quantised."""
+    quantization: Quantization = AS_THEY_ARE
 
 
 class _Assembly:
@@ -50,49 +68,28 @@ class _Assembly:
     State: `targets`, what each tensor of it is filled into, and the layers quantised so far.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        dtype: torch.dtype,
-        sharding: Sharding | None,
-        store: WeightStore,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, plan: WeightPlan, store: WeightStore) -> None:
         """Begin with a network on the meta device."""
         self.targets: dict[str, Target] = {}
         self._model = model
-        self._dtype = dtype
-        self._sharding = sharding
+        self._plan = plan
         self._store = store
-        self._quantised = _quantised_weights(model) if store.quantize is not None else set()
         self._layers: dict[str, nn.Module] = {}  # name -> quantised
 
     def reserve(self, what: str) -> None:
         """Make the targets; raises OutOfMemory about `what` before any is made."""
-        shapes = {name: tuple(t.shape) for name, t in _loaded_tensors(self._model).items()}
-        if self._model.config.tie_word_embeddings:
-            shapes.pop("lm_head.weight", None)
-        types = {name: _target_dtype(self._model, name, self._dtype) for name in shapes}
-        splits = {
-            name: self._sharding.split_of(name, shape) if self._sharding else None
-            for name, shape in shapes.items()
-        }
-        own = {n: s.local_shape(shapes[n]) if s else shapes[n] for n, s in splits.items()}
-        needed_bytes = sum(
-            math.prod(shape) * (1 if name in self._quantised else types[name].itemsize)
-            for name, shape in own.items()
-        )
-        if needed_bytes > self._store.free_bytes:
-            raise OutOfMemory(f"loading {what}", needed_bytes, self._store.free_bytes)
-
+        if self._plan.num_bytes > self._store.free_bytes:
+            raise OutOfMemory(f"loading {what}", self._plan.num_bytes, self._store.free_bytes)
         device = self._store.device
-        largest = max((math.prod(own[name]) for name in self._quantised), default=0)
-        shared = torch.empty(largest, dtype=self._dtype, device=device)
-        for name, shape in own.items():
-            if name in self._quantised:
-                tensor = shared[: math.prod(shape)].view(shape)
+        # Each layer's weight is read into this, and made a layer before the next one is read.
+        shared = torch.empty(self._plan.staged_bytes, dtype=torch.uint8, device=device)
+        for name, planned in self._plan.tensors.items():
+            shape = planned.own_shape
+            if planned.staged_bytes:
+                tensor = shared[: planned.staged_bytes].view(planned.dtype).view(shape)
             else:
-                tensor = torch.empty(shape, dtype=types[name], device=device)
-            self.targets[name] = Target(shapes[name], tensor, splits[name])
+                tensor = torch.empty(shape, dtype=planned.dtype, device=device)
+            self.targets[name] = Target(planned.shape, tensor, planned.split)
 
     def take_filled(self, name: str) -> None:
         """Take a target that has all that files have for it."""
@@ -100,27 +97,67 @@ class _Assembly:
         if target.num_elements < target.own.numel():
             assert target.split is not None
             target.own[target.split.last - target.split.first :].zero_()
-        if name in self._quantised:
+        layer, form = name.removesuffix(".weight"), self._plan.tensors[name].form
+        if form is Form.TO_QUANTIZE:
             assert self._store.quantize is not None
-            self._layers[name.removesuffix(".weight")] = self._store.quantize(target.own)
+            self._layers[layer] = self._store.quantize(target.own)
+        elif form is Form.QUANTIZED:
+            assert self._store.restore is not None
+            scales = self.targets[f"{layer}{SCALES_SUFFIX}"].own  # read before any weight
+            self._layers[layer] = self._store.restore(target.own, scales.flatten())
 
-    def finish(self) -> None:
+    def finish(self, sharding: Sharding | None) -> None:
         """Put everything into the network."""
         model = self._model
+        for prefix in self._plan.experts:
+            self._put_experts(prefix)
         for name, target in self.targets.items():
-            if self._sharding is not None and self._sharding.is_added_by_another(name):
+            if sharding is not None and sharding.is_added_by_another(name):
                 target.own.zero_()
-            if name not in self._quantised:
+            is_expert = name.startswith(tuple(f"{it}." for it in self._plan.experts))
+            if self._plan.tensors[name].form is Form.PLAIN and not is_expert:
                 _set_tensor(model, name, target.own)
         for name, layer in self._layers.items():
             bias = self.targets.get(f"{name}.bias")
             if bias is not None:
                 layer.bias = nn.Parameter(bias.own.float(), requires_grad=False)
-            model.set_submodule(name, layer)
-        if model.config.tie_word_embeddings:
+            self._put_layer(name, layer)
+        if model.config.tie_word_embeddings and embedding_name(model) not in self._layers:
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         with self._store.device:
             _rebuild_rotary(model)
+
+    def _put_layer(self, name: str, layer: nn.Module) -> None:
+        """Put a quantised layer in place of the module of that name; a tied embedding's is the
+        head's, too."""
+        model = self._model
+        if name != embedding_name(model):
+            model.set_submodule(name, layer)
+            return
+        assert isinstance(layer, Int8Linear)
+        model.set_input_embeddings(Int8Embedding(layer, model.dtype))
+        if model.config.tie_word_embeddings:
+            model.set_output_embeddings(layer)
+
+    def _put_experts(self, prefix: str) -> None:
+        """Put the layers of a mixture's experts in place of the stacks."""
+        experts = self._model.get_submodule(prefix)
+        gates, ups, downs = (
+            [self._take_expert(f"{prefix}.{i}.{kind}") for i in range(len(experts.down_proj))]
+            for kind in EXPERT_LAYERS
+        )
+        layers = QuantizedExperts(gates, ups, downs, experts.act_fn)
+        self._model.set_submodule(prefix, layers)
+
+    def _take_expert(self, name: str) -> nn.Module:
+        """Return one of an expert's layers, quantised or as it is."""
+        if name in self._layers:
+            return self._layers.pop(name)
+        weight = self.targets[f"{name}.weight"].own
+        num_rows, num_columns = weight.shape
+        layer = nn.Linear(num_columns, num_rows, bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
 
 
 def load_network(
@@ -135,24 +172,26 @@ def load_network(
     `store` None: as it is, in the machine's memory. A layer is quantised as soon as its weight has
     been read, into memory that all of them share: the peak is one tensor more. Raises
     CheckpointError (files, architecture, tensors that are missing, unexpected or of another shape,
-    by name) or OutOfMemory, before any weight is read where that is possible.
+    by name), ConfigError (a pattern that matches no layer) or OutOfMemory, before any weight is
+    read where that is possible.
     """
     entries = read_tensor_entries(model_dir)
-    model = _empty_network(model_dir, dtype)
-    assembly = _Assembly(model, dtype, sharding, store or WeightStore(CPU, available_bytes()))
+    model = empty_network(model_dir, dtype)
+    store = store or WeightStore(CPU, available_bytes())
+    plan = plan_weights(model, dtype, store.quantization, sharding, entries)
+    assembly = _Assembly(model, plan, store)
     assembly.reserve(str(model_dir))
     places = place_all(model, entries, assembly.targets)
-    fill_places(places, entries, on_progress, assembly.take_filled)
-    assembly.finish()
+    scales = tuple(name for name in places if name.endswith(SCALES_SUFFIX))
+    fill_places(places, entries, on_progress, assembly.take_filled, first=scales)
+    assembly.finish(sharding)
     return model.eval()
 
 
 def load_config(model_dir: Path) -> PreTrainedConfig:
     """Read config.json as transformers understands it; refuse what we would compute wrongly."""
-    raw = read_config(model_dir)
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise CheckpointError(f"{model_dir} is quantised ({method}); supported: plain weights")
+    read_config(model_dir)  # says more precisely what is wrong with the file
+    resolve_quantization(AS_THEY_ARE, model_dir)
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     except (StrictDataclassError, ValueError, KeyError, TypeError, OSError) as error:
@@ -166,7 +205,7 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
     return config
 
 
-def _empty_network(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+def empty_network(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Build the modules without memory for weights."""
     config = load_config(model_dir)
     with torch.device("meta"):
@@ -179,34 +218,6 @@ def _empty_network(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _loaded_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Map name -> meta tensor of everything that a checkpoint must hold."""
-    computed = {
-        f"{module_name}.{buffer}" if module_name else buffer
-        for module_name, module in model.named_modules()
-        for buffer in module._non_persistent_buffers_set
-    }
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    found.update((n, b) for n, b in model.named_buffers() if n not in computed)
-    return found
-
-
-def _quantised_weights(model: PreTrainedModel) -> set[str]:
-    """Name the weights of the decoder's linear layers; a mixture's stacked experts are none."""
-    head = model.get_output_embeddings()
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head
-    }
-
-
-def _target_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
-    """Keep in float32 what the architecture wants so (DeepSeek-V3's routing bias)."""
-    keep = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    return torch.float32 if any(part in name for part in keep) else dtype
 
 
 def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

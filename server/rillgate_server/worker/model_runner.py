@@ -8,6 +8,7 @@ rows a step should have, nor on what is copied.
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from rillgate_server.core.step import (
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.compute_device import CPU, wait_for
+from rillgate_server.worker.draft_model import DraftModel
 from rillgate_server.worker.input_batch import InputBatch
 from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.kv_transfer import KVTransfer
@@ -48,12 +50,17 @@ class ModelRunner:
         storage: KVStorage,
         transfer: KVTransfer,
         vocab_size: int,
+        draft_model: DraftModel | None = None,
     ) -> None:
-        """Run `network` with `attention` over `storage`, the device tier of `transfer`."""
+        """Run `network` with `attention` over `storage`, the device tier of `transfer`.
+
+        `draft_model` makes the proposals that plans ask for; None: there are none.
+        """
         self._network = network
         self._attention = attention
         self._storage = storage
         self._transfer = transfer
+        self._draft_model = draft_model
         self._batch = InputBatch(storage.layout.block_size_tokens, storage.num_blocks, vocab_size)
 
     def __repr__(self) -> str:
@@ -87,15 +94,17 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         begin = time.perf_counter()
-        self._storage.clear(self._batch.apply(plan))
+        filled_anew = self._batch.apply(plan)
+        self._storage.clear(filled_anew)
+        if self._draft_model is not None:
+            self._draft_model.begin(plan, filled_anew)
         if not plan.rows:
             return StepResult(plan.step_id, ())
         device = self._storage.bytes.device
-        step = self._batch.pack(plan.rows).on(device)
-        hidden = self._network.hidden(step.token_ids, step.positions, self._attention.prepare(step))
-        sampling_rows = [row for row in plan.rows if row.samples]
-        last_tokens = _last_tokens(plan.rows).to(device)
-        logits = self._network.logits(hidden[last_tokens]) if sampling_rows else None
+        hidden, rows = self._hidden(plan.rows)
+        sampling_rows = [row for row in rows if row.samples]
+        sampled_at = _sampled_positions(rows).to(device)
+        logits = self._network.logits(hidden[sampled_at]) if sampling_rows else None
         if logits is not None:
             logits = logits.to(CPU)
         wait_for(device)
@@ -104,26 +113,71 @@ class ModelRunner:
         sampled = self._sample(sampling_rows, logits)
         if logits is None:
             sampling_rows = []
-        prompt_logprobs = self._prompt_logprobs(plan.rows, hidden)
+        prompt_logprobs = self._prompt_logprobs(rows, hidden)
         done = time.perf_counter()
-        return _result(
-            plan.step_id,
-            sampling_rows,
-            sampled,
-            prompt_logprobs,
-            StepTimes(model_s=computed - begin, sample_s=done - computed),
-        )
+        proposals, draft_s = self._propose(sampling_rows, sampled)
+        times = StepTimes(computed - begin, done - computed, draft_s)
+        result = _result(plan.step_id, sampling_rows, sampled, prompt_logprobs, times)
+        return replace(result, proposals=proposals) if any(proposals) else result
 
-    def _sample(self, rows: Sequence[RowPlan], logits: Tensor | None) -> list[SampledToken]:
-        """Draw a token per row and note it in its slot. logits: [num_rows, vocab_size]."""
+    def _propose(
+        self, rows: Sequence[RowPlan], sampled: Sequence[Sequence[SampledToken]]
+    ) -> tuple[tuple[tuple[int, ...], ...], float]:
+        """Ask the draft model for what rows want; one entry per row, and the seconds it took."""
+        if self._draft_model is None or not any(row.num_proposals for row in rows):
+            return (), 0.0
+        wanted = [
+            (row.slot, row.num_proposals if tokens else 0)
+            for row, tokens in zip(rows, sampled, strict=True)
+        ]
+        return self._draft_model.propose(self._batch, wanted)
+
+    def _sample(self, rows: Sequence[RowPlan], logits: Tensor | None) -> list[list[SampledToken]]:
+        """Draw each row's tokens and note them in its slot; empty for a row that failed.
+
+        logits: [num_positions, vocab_size], each row's last known token and drafts, in order. In
+        rounds: a draft's position is drawn once the draft is known to be right, so that all that
+        the sampler remembers of the slot is as it is without speculation.
+        """
         if logits is None:  # no row samples, or rank 0 does
             return []
-        slots = [self._batch.slot(row.slot) for row in rows]
-        sampled = sample(logits, [slot.sampling for slot in slots])
-        for slot, token in zip(slots, sampled, strict=True):
-            if token.token_id is not None:
-                slot.append(token.token_id)
+        sampled: list[list[SampledToken]] = [[] for _ in rows]
+        firsts = list(accumulate((1 + len(row.draft_token_ids) for row in rows), initial=0))
+        going = list(range(len(rows)))
+        for done in range(1 + max(len(row.draft_token_ids) for row in rows)):
+            slots = [self._batch.slot(rows[i].slot) for i in going]
+            drawn_from = (
+                logits if len(going) == len(logits) else logits[[firsts[i] + done for i in going]]
+            )
+            tokens = sample(drawn_from, [slot.sampling for slot in slots])
+            for i, slot, token in zip(going, slots, tokens, strict=True):
+                if token.token_id is not None:
+                    slot.append(token.token_id)
+                    sampled[i].append(token)
+            going = [
+                i
+                for i, token in zip(going, tokens, strict=True)
+                if rows[i].draft_token_ids[done : done + 1] == (token.token_id,)
+            ]
+            if not going:
+                break
         return sampled
+
+    def _hidden(self, rows: Sequence[RowPlan]) -> tuple[Tensor, Sequence[RowPlan]]:
+        """Compute all rows' tokens; return their states and the rows that were computed.
+
+        A draft without a finite state (of a token that breaks the model) lies behind its slot's
+        tokens, masked but multiplied: its own row would be lost by a guess. It is zeroed, and the
+        step computed again without drafts.
+        """
+        step = self._batch.pack(rows).on(self._storage.bytes.device)
+        hidden = self._network.hidden(step.token_ids, step.positions, self._attention.prepare(step))
+        drafts = _draft_positions(rows).to(hidden.device)
+        if not len(drafts) or torch.isfinite(hidden[drafts]).all():
+            return hidden, rows
+        blocks, offsets = step.slot_mapping
+        self._storage.clear_tokens((blocks[drafts], offsets[drafts]))
+        return self._hidden([_without_drafts(row) for row in rows])
 
     def _prompt_logprobs(
         self, rows: Sequence[RowPlan], hidden: Tensor
@@ -157,35 +211,57 @@ class ModelRunner:
         return tuple(logprobs)
 
 
-def _last_tokens(rows: Sequence[RowPlan]) -> Tensor:
-    """Return where each sampling row's last token lies in the packed step. [num_rows], int64."""
-    found = []
+def _draft_positions(rows: Sequence[RowPlan]) -> Tensor:
+    """Return where in the packed step the drafts lie. [num_drafts], int64."""
+    found: list[int] = []
+    end = 0
+    for row in rows:
+        end += row.num_tokens
+        found.extend(range(end - len(row.draft_token_ids), end))
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _without_drafts(row: RowPlan) -> RowPlan:
+    num_known = row.num_tokens - len(row.draft_token_ids)
+    return replace(row, num_tokens=num_known, draft_token_ids=())
+
+
+def _sampled_positions(rows: Sequence[RowPlan]) -> Tensor:
+    """Return where in the packed step each sampling row's last known token and its drafts lie.
+    [num_positions], int64."""
+    found: list[int] = []
     end = 0
     for row in rows:
         end += row.num_tokens
         if row.samples:
-            found.append(end - 1)
+            found.extend(range(end - 1 - len(row.draft_token_ids), end))
     return torch.tensor(found, dtype=torch.int64)
 
 
 def _result(
     step_id: int,
     rows: Sequence[RowPlan],
-    sampled: Sequence[SampledToken],
+    sampled: Sequence[Sequence[SampledToken]],
     prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...],
     times: StepTimes,
 ) -> StepResult:
     """Say it in plain types."""
-    logprobs = tuple(token.logprobs for token in sampled)
+    logprobs = tuple(
+        tuple(token.logprobs for token in tokens if token.logprobs is not None)
+        for tokens in sampled
+    )
     return StepResult(
         step_id=step_id,
-        token_ids=tuple(() if t.token_id is None else (t.token_id,) for t in sampled),
-        logprobs=logprobs if any(entry is not None for entry in logprobs) else (),
+        token_ids=tuple(
+            tuple(token.token_id for token in tokens if token.token_id is not None)
+            for tokens in sampled
+        ),
+        logprobs=logprobs if any(logprobs) else (),
         prompt_logprobs=prompt_logprobs,
         failed_rows=tuple(
             FailedRow(row.slot, "the model gave a NaN or no finite logit")
-            for row, token in zip(rows, sampled, strict=True)
-            if token.token_id is None
+            for row, tokens in zip(rows, sampled, strict=True)
+            if not tokens
         ),
         times=times,
     )

@@ -69,6 +69,11 @@ class RankExecutor:
         """See Worker."""
         return self._worker.num_pageable_host_blocks
 
+    @property
+    def draft_block_bytes(self) -> int:
+        """See Worker; on rank 0, but counted for all."""
+        return self._worker.draft_block_bytes
+
     def least_free_memory(self, find_free_memory: FindFreeMemory) -> FreeMemory:
         """Wait until all ranks have loaded; return what the poorest may take for its cache.
 

@@ -22,8 +22,8 @@ Method: Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.08053
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -166,29 +166,41 @@ class Sharding:
         return TensorSplit(dim, self.rank * own, (self.rank + 1) * own, own, num_stacked)
 
 
-class VocabularyEmbedding(nn.Embedding):
+class VocabularyEmbedding(nn.Module):
     """A rank's rows of an embedding; tokens of other ranks' rows come from there."""
 
-    def __init__(self, embedding: nn.Embedding, collectives: Collectives) -> None:
-        """Take over the weight: [rows of this rank, hidden_size]."""
-        num_rows, hidden_size = embedding.weight.shape
-        super().__init__(num_rows, hidden_size, _weight=embedding.weight, _freeze=True)
+    def __init__(self, embedding: nn.Module, num_rows: int, collectives: Collectives) -> None:
+        """Take over what looks up this rank's `num_rows` rows."""
+        super().__init__()
+        self.embedding = embedding
+        self._num_rows = num_rows
         self._collectives = collectives
-        self._first = collectives.rank * len(embedding.weight)
+        self._first = collectives.rank * num_rows
 
-    def forward(self, input: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor | None:
+        """The rows, by which a tied head is known; None where they are quantised."""
+        weight: Tensor | None = getattr(self.embedding, "weight", None)
+        return weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
         """Look tokens up on all ranks. Returns [..., hidden_size]; all other ranks add zeros."""
-        rows = input - self._first
-        is_other = (rows < 0) | (rows >= len(self.weight))
-        found = F.embedding(rows.masked_fill(is_other, 0), self.weight)
+        rows = tokens - self._first
+        is_other = (rows < 0) | (rows >= self._num_rows)
+        found: Tensor = self.embedding(rows.masked_fill(is_other, 0))
         return self._collectives.all_reduce(found.masked_fill_(is_other[..., None], 0.0))
+
+
+def connect_embedding(model: PreTrainedModel, collectives: Collectives) -> None:
+    """Let a model whose embedding is one rank's rows look tokens up on all ranks."""
+    embedding: Any = model.get_input_embeddings()
+    is_plain = isinstance(embedding, nn.Embedding)  # whose num_embeddings is the config's
+    num_rows = len(embedding.weight) if is_plain else embedding.num_embeddings
+    model.set_input_embeddings(VocabularyEmbedding(embedding, num_rows, collectives))
 
 
 def connect_layers(model: PreTrainedModel, sharding: Sharding, collectives: Collectives) -> None:
     """Put the sums over ranks into a model whose weights are one rank's parts, packed or not."""
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    model.set_input_embeddings(VocabularyEmbedding(embedding, collectives))
 
     def add_up(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
         return collectives.all_reduce(output.contiguous())

@@ -31,29 +31,38 @@ gate_up_proj [experts, 2 * intermediate, hidden] (gate first), down_proj [expert
 intermediate]."""
 
 
+_STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+"""Some have the stacks, whose parts are layers of their own where they are quantised."""
+
+_Index = tuple[int | slice, ...]
 _WHOLE = (slice(None),)
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a target, and what of a file's tensor fills it."""
+
+    target: str
+    """Name of the network's tensor."""
+    part: Tensor
+    """The target or a view of it."""
+    index: _Index
+    """Of the file's tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where one tensor of a file goes."""
 
-    target: str
-    """Name of the network's tensor."""
     shape: tuple[int, ...]
     """That the file's tensor must have."""
-    pieces: tuple[tuple[Tensor, tuple[slice, ...]], ...]
-    """(what is filled: the target or a view of it, with what slice of the file's tensor)."""
-
-    @property
-    def num_elements(self) -> int:
-        """That it fills."""
-        return sum(part.numel() for part, _ in self.pieces)
+    pieces: tuple[Piece, ...]
 
     @property
     def num_bytes(self) -> int:
-        """The same in bytes."""
-        return sum(part.nbytes for part, _ in self.pieces)
+        """That it fills."""
+        return sum(piece.part.nbytes for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +92,7 @@ def place_all(
     """Map file tensor -> place; raise CheckpointError unless everything fits exactly."""
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()] + [_IGNORED]
     places: dict[str, Place] = {}
-    unexpected, misshaped = [], []
+    unexpected, misshaped, mistyped = [], [], []
     filled = dict.fromkeys(targets, 0)  # target -> elements that some file tensor fills
     for name, entry in entries.items():
         place = _place(name, targets)
@@ -91,12 +100,15 @@ def place_all(
             is_tied_head = model.config.tie_word_embeddings and name == "lm_head.weight"
             if not is_tied_head and not any(pattern.search(name) for pattern in ignored):
                 unexpected.append(name)
-        elif place.shape != entry.shape:
+            continue
+        if place.shape != entry.shape:
             misshaped.append(f"{name} {list(entry.shape)} instead of {list(place.shape)}")
-            filled[place.target] += place.num_elements
+        elif (entry.dtype in _FLOATS) != place.pieces[0].part.is_floating_point():
+            mistyped.append(f"{name} ({entry.dtype})")
         else:
             places[name] = place
-            filled[place.target] += place.num_elements
+        for piece in place.pieces:
+            filled[piece.target] += piece.part.numel()
     missing = [name for name, count in filled.items() if count < targets[name].num_elements]
     problems = [
         f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', …' if len(names) > 5 else ''}"
@@ -104,6 +116,7 @@ def place_all(
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", misshaped),
+            ("of a type that it cannot have", mistyped),
         )
         if names
     ]
@@ -119,6 +132,8 @@ def _place(name: str, targets: dict[str, Target]) -> Place | None:
     """Find where one file tensor goes; None = nowhere."""
     if name in targets:
         return _place_whole(name, targets[name])
+    if stack := _STACK.fullmatch(name):
+        return _place_stack(stack[1], stack[2], targets)
     match = _EXPERT.fullmatch(name)
     if match is None:
         return None
@@ -133,8 +148,35 @@ def _place(name: str, targets: dict[str, Target]) -> Place | None:
         half = len(part) // 2
         part = part[:half] if kind == "gate_proj" else part[half:]
     if target.split is None:
-        return Place(name, shape, ((part, _WHOLE),))
-    return Place(name, shape, ((part, _run(target.split, target.split.dim - 1)),))
+        return Place(shape, (Piece(name, part, _WHOLE),))
+    return Place(shape, (Piece(name, part, _run(target.split, target.split.dim - 1)),))
+
+
+def _place_stack(experts: str, kind: str, targets: dict[str, Target]) -> Place | None:
+    """Place a stacked tensor whose parts are targets, one after another.
+
+    [experts, 2 * intermediate, hidden]   | gate | up | of each expert
+    """
+    halves = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
+    num_experts = 0
+    while f"{experts}.{num_experts}.{halves[0]}.weight" in targets:
+        num_experts += 1
+    if not num_experts:
+        return None
+    num_rows, num_columns = targets[f"{experts}.0.{halves[0]}.weight"].shape
+    pieces = []
+    for expert in range(num_experts):
+        for i, half in enumerate(halves):
+            name = f"{experts}.{expert}.{half}.weight"
+            target, rows = targets[name], slice(i * num_rows, (i + 1) * num_rows)
+            if target.split is None:
+                pieces.append(Piece(name, target.own, (expert, rows)))
+            elif target.split.dim == 0:
+                run = _run(target.split, 0, offset=i * num_rows)
+                pieces.append(Piece(name, target.own, (expert, *run)))
+            else:
+                pieces.append(Piece(name, target.own, (expert, rows, _run(target.split, 1)[1])))
+    return Place((num_experts, num_rows * len(halves), num_columns), tuple(pieces))
 
 
 def _place_whole(name: str, target: Target) -> Place:
@@ -145,13 +187,13 @@ def _place_whole(name: str, target: Target) -> Place:
     """
     split = target.split
     if split is None:
-        return Place(name, target.shape, ((target.own, _WHOLE),))
+        return Place(target.shape, (Piece(name, target.own, _WHOLE),))
     stacked = target.shape[split.dim] // split.num_stacked
     return Place(
-        name,
         target.shape,
         tuple(
-            (
+            Piece(
+                name,
                 target.own.narrow(split.dim, i * split.length, split.last - split.first),
                 _run(split, split.dim, offset=i * stacked),
             )
@@ -170,30 +212,34 @@ def fill_places(
     entries: dict[str, TensorEntry],
     on_progress: Progress | None,
     take_filled: Callable[[str], None],
+    first: tuple[str, ...] = (),
 ) -> None:
-    """Copy every file tensor to its place, file by file; `take_filled` hears of each target when
-    the last of what fills it is there."""
-    num_missing = Counter(place.target for place in places.values())
+    """Copy every file tensor to its place, file by file, those of `first` before all others;
+    `take_filled` hears of each target when the last of what fills it is there."""
+    num_missing = Counter(piece.target for place in places.values() for piece in place.pieces)
     total_bytes = sum(place.num_bytes for place in places.values())
     done_bytes = 0
     if on_progress is not None:
         on_progress(0, total_bytes)
-    by_file: dict[Path, list[str]] = {}  # file -> its tensors
-    for name in places:
-        by_file.setdefault(entries[name].file, []).append(name)
-    for path, names in by_file.items():
+    by_file: dict[tuple[bool, Path], list[str]] = {}  # (later, file) -> tensors
+    early = set(first)
+    later = [name for name in places if name not in early]
+    for is_later, group in ((False, first), (True, later)):
+        for name in group:
+            by_file.setdefault((is_later, entries[name].file), []).append(name)
+    for (_, path), names in by_file.items():
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names:
                     # A view of the mapped file: pages come in while they are copied, and none
                     # of it counts as this process's own memory. (`get_slice` makes a copy.)
                     stored = file.get_tensor(name)
-                    for part, index in places[name].pieces:
-                        part.copy_(stored[index])
+                    for piece in places[name].pieces:
+                        piece.part.copy_(stored[piece.index])
+                        num_missing[piece.target] -= 1
+                        if not num_missing[piece.target]:
+                            take_filled(piece.target)
                     done_bytes += places[name].num_bytes
-                    num_missing[places[name].target] -= 1
-                    if not num_missing[places[name].target]:
-                        take_filled(places[name].target)
                     if on_progress is not None:
                         on_progress(done_bytes, total_bytes)
         except (SafetensorError, OSError, TypeError) as error:

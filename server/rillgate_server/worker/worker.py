@@ -6,21 +6,26 @@ Owns the choice of types and threads. Does not know requests; sees block numbers
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
+from rillgate_server.core.quantization import Quantization, resolve_quantization
 from rillgate_server.core.step import StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
 from rillgate_server.worker.allocator import keep_freed_memory, return_freed_memory
 from rillgate_server.worker.attention.choice import make_attention
 from rillgate_server.worker.compute_device import CPU, free_bytes
+from rillgate_server.worker.draft_model import DraftModel, DraftSize, check_draft_model
 from rillgate_server.worker.kernels.library import load_kernels
+from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.kv_tiers import reserve_tiers
-from rillgate_server.worker.kv_transfer import KVTransfer
+from rillgate_server.worker.kv_transfer import BlockCopier, KVTransfer
 from rillgate_server.worker.model_loader import WeightStore, load_config, load_network
 from rillgate_server.worker.model_runner import ModelRunner
 from rillgate_server.worker.network.base import Network
@@ -32,7 +37,16 @@ from rillgate_server.worker.network.transformers_network import (
 from rillgate_server.worker.packed_linear import pack_linear_layers
 from rillgate_server.worker.quantization.int8 import Int8Linear
 from rillgate_server.worker.rank_group import RankGroup
-from rillgate_server.worker.sharding import Sharding, check_split, connect_layers
+from rillgate_server.worker.sharding import (
+    Sharding,
+    check_split,
+    connect_embedding,
+    connect_layers,
+)
+from rillgate_server.worker.weight_bytes import WeightBytes, measure_weights
+
+if TYPE_CHECKING:
+    from rillgate_server.worker.quantization.int8_triton import TritonInt8Linear
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +72,15 @@ class WorkerOptions:
     """Where the network computes and its cache is."""
     quantization: str = NO_QUANTIZATION
     """Of the decoder's linear layers: `none` or `int8` (worker.quantization)."""
+    quantization_exclude: tuple[str, ...] = ()
+    """Patterns of the names of layers that stay as they are."""
+    quantization_include: tuple[str, ...] = ()
+    """What is quantised beside them: `embeddings`, `head`."""
+
+    @property
+    def weights(self) -> Quantization:
+        """How they are held."""
+        return Quantization(self.quantization, self.quantization_exclude, self.quantization_include)
 
 
 class Worker:
@@ -67,16 +90,23 @@ class Worker:
     """
 
     def __init__(
-        self, network: Network, spec: ModelSpec, layout: KVLayout, device: torch.device
+        self,
+        network: Network,
+        spec: ModelSpec,
+        layout: KVLayout,
+        device: torch.device,
+        weights: WeightBytes,
     ) -> None:
         """Use `load`."""
         self.device = device
         self.spec = spec
         self.layout = layout
         self.network = network
+        self.weights = weights
         self.num_pageable_host_blocks = 0
         """Of the host tier, where a GPU copies from it and its memory could not be pinned."""
         self._runner: ModelRunner | None = None
+        self._draft: Worker | None = None
 
     def __repr__(self) -> str:
         """Show model and state."""
@@ -96,34 +126,47 @@ class Worker:
         does not divide.
         """
         return_freed_memory()
-        spec = read_model_spec(model_dir).with_quantization(options.quantization)
+        weights = resolve_quantization(options.weights, model_dir)
+        spec = read_model_spec(model_dir).with_quantization(weights.version)
         dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        store = _weight_store(options)
-        if group is None:
-            model = load_network(model_dir, _DTYPES[dtype], on_progress, store=store)
-            kernels = load_kernels() if options.device == CPU else None
-            network: Network
-            if kernels is not None and can_compute(model):
-                network = DenseDecoder(model, kernels)
-            else:
-                pack_linear_layers(model)
-                network = TransformersNetwork(model)
-            ranks = 1
-        else:
-            sharding = Sharding(load_config(model_dir), group.place.rank, group.place.ranks)
+        store = _weight_store(options, weights)
+        sharding, collectives, ranks = None, None, 1
+        if group is not None:
+            collectives, ranks = group.collectives, group.place.ranks
+            sharding = Sharding(load_config(model_dir), group.place.rank, ranks)
             if store.device == CPU:  # which all ranks of the machine share
                 store = replace(store, free_bytes=store.free_bytes // group.num_local)
-            model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, store)
+        model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, store)
+        weight_bytes = measure_weights(model)
+        if collectives is not None:
+            connect_embedding(model, collectives)
+        kernels = load_kernels() if options.device == CPU else None
+        network: Network
+        if kernels is not None and can_compute(model):
+            network = DenseDecoder(model, kernels, collectives)
+        else:
             pack_linear_layers(model)
-            connect_layers(model, sharding, group.collectives)
-            network, ranks = TransformersNetwork(model, group.collectives), group.place.ranks
+            if sharding is not None and collectives is not None:
+                connect_layers(model, sharding, collectives)
+            network = TransformersNetwork(model, collectives)
         keep_freed_memory()
         shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
         layout = KVLayout.build(options.block_size_tokens, kv_dtype, shapes)
-        return cls(network, replace(spec, dtype=dtype), layout, options.device)
+        return cls(network, replace(spec, dtype=dtype), layout, options.device, weight_bytes)
+
+    @property
+    def draft_block_bytes(self) -> int:
+        """What the draft model's cache keeps beside each block of the device tier."""
+        return 0 if self._draft is None else self._draft.layout.block_bytes
+
+    def use_draft_model(self, draft: "Worker") -> None:
+        """Let a worker's model make proposals, from the next `allocate_cache` on; see
+        `check_draft_model`."""
+        check_draft_model(draft.spec, self.spec)
+        self._draft = draft
 
     def allocate_cache(
         self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
@@ -141,7 +184,20 @@ class Worker:
             tiers.device,
             KVTransfer(tiers, audit=audit),
             self.spec.vocab_size,
+            self._draft_model(tiers),
         )
+
+    def _draft_model(self, tiers: BlockCopier) -> DraftModel | None:
+        draft, storage = self._draft, tiers.device
+        if draft is None:
+            return None
+        # The pages of the tiers may not be there yet, and count as free.
+        taken_bytes = storage.num_bytes + tiers.host.num_bytes if self.device == CPU else 0
+        own = KVStorage(
+            draft.layout, storage.num_blocks, device=self.device, taken_bytes=taken_bytes
+        )
+        attention = make_attention(own, _DTYPES[draft.spec.dtype])
+        return DraftModel(draft.network, attention, own, DraftSize.of(draft.spec, self.spec))
 
     def close(self) -> None:
         """Give the cache up and end its copies."""
@@ -161,18 +217,35 @@ class Worker:
         return self._runner.execute(plan)
 
 
-def _weight_store(options: WorkerOptions) -> WeightStore:
+def _weight_store(options: WorkerOptions, weights: Quantization) -> WeightStore:
     """Say where weights go; raises ConfigError for what the device cannot compute."""
     store = WeightStore(options.device, free_bytes(options.device))
-    if options.quantization == NO_QUANTIZATION:
+    if weights.method == NO_QUANTIZATION:
         return store
     if options.device != CPU:
-        raise ConfigError(
-            f"model.quantization is {options.quantization} on {options.device}; allowed: none (on "
-            "CPUs int8, too)"
-        )
+        layer = _int8_on_gpu(options.device)
+        return replace(store, quantize=layer, restore=layer, quantization=weights)
     kernels = load_kernels()
-    return replace(store, quantize=lambda weight: Int8Linear(weight, kernels))
+    return replace(
+        store,
+        quantize=lambda weight: Int8Linear(weight, kernels),
+        restore=lambda weight, scales: Int8Linear(weight, kernels, scales),
+        quantization=weights,
+    )
+
+
+def _int8_on_gpu(device: torch.device) -> "type[TritonInt8Linear]":
+    """Return the layers' class there; raises ConfigError without Triton."""
+    try:
+        # Builds of torch for CPUs come without Triton.
+        module = import_module("rillgate_server.worker.quantization.int8_triton")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"model.quantization is int8 on {device}, which needs Triton "
+            f"({error}); allowed without: none"
+        ) from error
+    layer: type[TritonInt8Linear] = module.TritonInt8Linear
+    return layer
 
 
 def check_ranks(model_dir: Path, ranks: int) -> None:

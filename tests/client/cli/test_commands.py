@@ -75,6 +75,7 @@ def test_generate_sends_every_flag(server: FakeServer) -> None:
         "seed": 7,
         "model": "fake",
         "priority": "low",
+        "speculation": "prompt-lookup",
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     flags += ["--stop", "END", "--stop", "\n", "--ignore-eos"]

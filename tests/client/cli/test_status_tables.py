@@ -109,6 +109,13 @@ def test_the_gateways_side_of_a_replica_is_shown(capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_drafts_are_shown_once_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    """How many, and how many were right."""
+    drafting = replace(PLAIN, num_drafted_tokens=80, num_accepted_tokens=20)
+    assert "drafts: 80, 20 accepted (25 %)" in printed(drafting, capsys)
+    assert not [line for line in printed(PLAIN, capsys) if line.startswith("drafts")]
+
+
 def test_every_line_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """With large numbers, too."""
     large = TierStatus(10**7, 10**7, 10**7, 10**7, 10**7, 10**9, 10**6)

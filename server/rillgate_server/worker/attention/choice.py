@@ -13,6 +13,6 @@ def make_attention(storage: KVStorage, dtype: torch.dtype) -> AttentionBackend:
     """Take the C++ kernels for a model of `dtype` where they are there and can, torch's else."""
     if can_attend(storage.layout, dtype, storage.bytes.device):
         kernels = load_kernels()
-        if kernels is not None:
+        if kernels is not None and kernels.has_attention:
             return PagedAttention(storage, kernels)
     return SdpaAttention(storage, dtype)

@@ -6,14 +6,19 @@ is written down beside it in torch, in worker/quantization and in the tests.
 
 import ctypes
 import logging
+import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from rillgate_server.worker.kernels.build import LIBRARY, source_digest
+from rillgate_server.errors import ConfigError
+from rillgate_server.worker.kernels.build import LEVELS, library_of, source_digest
 
 _log = logging.getLogger(__name__)
+
+LEVEL_VARIABLE = "RILLGATE_KERNELS"
+"""Names the level of kernels, or switches them off; for tests and comparisons."""
 
 Size = tuple[int, int]
 _INT, _POINTER, _THREADS = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
@@ -28,7 +33,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         (_POINTER, _POINTER, _POINTER, _INT, *(_POINTER,) * 5, _THREADS),
     ),
     **dict.fromkeys(
-        ("rg_after_attention_f32", "rg_after_attention_bf16"),
+        ("rg_add_attention_f32", "rg_add_attention_bf16", "rg_add_mlp"),
         (*(_POINTER,) * 4, _INT, _THREADS),
     ),
 }
@@ -122,24 +127,45 @@ class Rows(ctypes.Structure):
 
 
 @cache
-def load_kernels() -> "Kernels | None":
-    """Return them; None where they were not built or the processor lacks what they need."""
-    if not LIBRARY.exists():
-        _log.info("no C++ kernels here (`make setup` builds them); computing with torch's own")
+def load_kernels(level: str = "") -> "Kernels | None":
+    """Return those of a level, or of the highest that the processor has.
+
+    RILLGATE_KERNELS in the environment names the level, too; `off` means none. None where they were
+    not built or the processor lacks what they need. Raises ConfigError for an unknown level.
+    """
+    asked = level or os.environ.get(LEVEL_VARIABLE, "")
+    if asked == "off":
+        _log.info("%s is off; computing with torch's own kernels", LEVEL_VARIABLE)
         return None
-    library = ctypes.CDLL(str(LIBRARY))
+    if asked and asked not in LEVELS:
+        raise ConfigError(f"{LEVEL_VARIABLE} is {asked!r}; allowed: {', '.join(LEVELS)}, off")
+    for name in (asked,) if asked else LEVELS:
+        library = _open_library(name)
+        if library is not None:
+            _log.info("computing with the C++ kernels for %s", name)
+            return Kernels(library)
+    _log.info("no C++ kernels here (`make setup` builds them); computing with torch's own")
+    return None
+
+
+def _open_library(level: str) -> ctypes.CDLL | None:
+    """Open a level's library; None where there is none that fits sources and processor."""
+    path = library_of(level)
+    if not path.exists():
+        return None
+    library = ctypes.CDLL(str(path))
     library.rg_digest.restype = ctypes.c_char_p
     if library.rg_digest().decode() != source_digest():
-        _log.warning("the C++ kernels are of other sources (`make setup` builds them); not used")
+        _log.warning("%s is of other sources (`make setup` builds it); not used", path.name)
         return None
     if not library.rg_is_supported():
-        _log.info("this processor lacks AVX-512 VNNI or BF16; computing with torch's own kernels")
+        _log.info("this processor lacks what %s needs: %s", path.name, ", ".join(LEVELS[level]))
         return None
-    return Kernels(library)
+    return library
 
 
 class Kernels:
-    """The functions. Tensors are on the CPU; results are new. State: none."""
+    """The functions of one level. Tensors are on the CPU; results are new. State: none."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """Use `load_kernels`."""
@@ -147,8 +173,11 @@ class Kernels:
         library.rg_packed_elements.restype = _INT
         library.rg_packed_elements.argtypes = (_INT, _INT, _INT)
         for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = None, arguments
+            if hasattr(library, name):
+                function = getattr(library, name)
+                function.restype, function.argtypes = None, arguments
+        self.has_attention = hasattr(library, "rg_attend")
+        """Whether attention is there at this level, too."""
 
     def pack_int8(self, weight: Tensor) -> Tensor:
         """Pack [out_features, in_features], int8. Returns [some], uint8."""
@@ -195,12 +224,24 @@ class Kernels:
             shape, layer, x.data_ptr(), len(x), *addresses, torch.get_num_threads()
         )
 
-    def after_attention(self, shape: object, layer: object, attended: Tensor, x: Tensor) -> None:
-        """Add the rest of a layer to x, in place. attended: [num_rows, heads, head_dim]."""
+    def add_attention(self, shape: object, layer: object, attended: Tensor, sums: Tensor) -> None:
+        """Add a layer's output product to sums, [num_rows, hidden_size], float32.
+
+        attended: [num_rows, heads, head_dim].
+        """
         is_bf16 = attended.dtype == torch.bfloat16
-        name = "rg_after_attention_bf16" if is_bf16 else "rg_after_attention_f32"
+        name = "rg_add_attention_bf16" if is_bf16 else "rg_add_attention_f32"
         getattr(self._library, name)(
-            shape, layer, attended.data_ptr(), x.data_ptr(), len(x), torch.get_num_threads()
+            shape, layer, attended.data_ptr(), sums.data_ptr(), len(sums), torch.get_num_threads()
+        )
+
+    def add_mlp(self, shape: object, layer: object, x: Tensor, sums: Tensor) -> None:
+        """Add what a layer makes of x behind its attention to sums, which may be x itself.
+
+        x, sums: [num_rows, hidden_size], float32.
+        """
+        self._library.rg_add_mlp(
+            shape, layer, x.data_ptr(), sums.data_ptr(), len(x), torch.get_num_threads()
         )
 
     def attend(
@@ -223,6 +264,13 @@ class Kernels:
         groups = -(-in_features // 4)
         panels = packed.view(-1, groups, 64, 4).transpose(1, 2).reshape(-1, groups * 4)
         return (panels[:out_features, :in_features] ^ 0x80).contiguous().view(torch.int8)
+
+    def unpack_int8_rows(self, packed: Tensor, rows: Tensor, in_features: int) -> Tensor:
+        """Return some rows of what was packed, whose numbers are `rows`. [len(rows), in_features],
+        int8."""
+        panels = packed.view(-1, -(-in_features // 4), 64, 4)
+        found = panels[rows // 64, :, rows % 64].flatten(1)[:, :in_features]
+        return (found ^ 0x80).contiguous().view(torch.int8)
 
     def _pack(self, function: str, weight: Tensor, packed: Tensor) -> Tensor:
         weight = weight.contiguous()

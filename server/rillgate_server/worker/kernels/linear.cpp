@@ -15,7 +15,7 @@ void linear(const RgLinear& layer, const T* x, int64_t m, T* y, int threads) {
     Range own = own_part(m);
     for (int64_t row = own.first; row < own.last; ++row) rows.set(layer, row, x + row * layer.k);
 #pragma omp barrier
-    product(layer, rows, m, [&](int64_t row, int64_t channel, const __m512* found) {
+    product(layer, rows, m, [&](int64_t row, int64_t channel, const Floats* found) {
       for (int v = 0; v < kVectors; ++v)
         store16(y + row * layer.n + channel + v * 16, found[v], lanes(layer.n - channel - v * 16));
     });

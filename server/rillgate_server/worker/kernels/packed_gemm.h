@@ -1,4 +1,4 @@
-// Products of few or many rows with a packed weight, on AVX-512 with VNNI and BF16.
+// Products of few or many rows with a packed weight.
 //
 // A weight [N, K] lies in panels of 64 output channels, and within a panel as the instructions read it:
 //
@@ -9,87 +9,54 @@
 //
 // The sum over K of one output runs in one accumulator, from the first to the last, whatever the rows beside it and
 // the tile it is in: a request's numbers cannot depend on its neighbours. (In int8 the sum is exact anyway.)
+//
+// What a file is compiled for decides the instructions:
+//
+//     int8   VNNI; or pairs in 16 bits by |w| (x sign(w)), at most 2 * 128 * 127, which 16 bits hold, then in 32
+//     bf16   AVX512-BF16's dot products; or widened to float, with fused multiplication and addition
 #pragma once
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")
+#include "vectors.h"
 
 namespace rillgate {
 
-constexpr int kPanel = 64;     // output channels of a panel
-constexpr int kVectors = 4;    // vectors of 16 lanes in it
-constexpr int kTileRows = 6;   // rows of a tile: 24 accumulators of the 32 registers
+constexpr int kPanel = 64;    // output channels of a panel
+constexpr int kVectors = 4;   // of 16 lanes in it
 
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
-using bf16 = uint16_t;
-
-inline float to_float(bf16 value) {
-  uint32_t bits = uint32_t(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-inline __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
-inline __m512 load16(const bf16* from) {
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-inline __m512 load16(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-inline __m512 load16(const bf16* from, __mmask16 mask) {
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-inline void store16(float* to, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, value); }
-inline void store16(bf16* to, __m512 value, __mmask16 mask) {
-  // Round to nearest even in integers: the conversion instruction takes denormals for zero.
-  __m512i bits = _mm512_castps_si512(value);
-  __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(rounded));
-}
-inline __mmask16 lanes(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : __mmask16((1u << count) - 1); }
-
-// exp(x) to about one unit in the last place (Cephes' polynomial), 0 below -87.3, and NaN for NaN.
-inline __m512 exp16(__m512 x) {
-  __m512 bounded = _mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), bounded);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  p = _mm512_scalef_ps(p, n);
-  return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
-}
-
 // --- tiles ------------------------------------------------------------------------------------------------------
 
-// x: `Rows` rows of `stride` bytes. sums[row][channel]: what the panel's channels give, as int32 or float.
+// x: `Rows` rows of `stride` elements. sums[row][channels]: what the panel's channels give.
+
+#ifdef __AVX512F__
+constexpr int kTileRows = 6;  // 24 accumulators of the 32 registers
+
+// What lies a page ahead, where a panel is streamed for few rows.
+template <int Rows, typename T>
+inline void prefetch_panel(const T* panel) {
+  if (Rows < kTileRows)
+    for (int v = 0; v < kVectors; ++v) _mm_prefetch((const char*)panel + 4096 + v * 64, _MM_HINT_T0);
+}
+
+constexpr int32_t kWeightOffset = 128;  // left in tile_int8's sums, times the sum of a row
 
 template <int Rows>
-inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t steps, __m512i (&sums)[Rows][kVectors]) {
+inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t steps, Whole (&sums)[Rows][kVectors]) {
   __m512i own[Rows][kVectors];  // not the caller's, which GCC would keep in memory
   for (auto& row : own)
     for (auto& sum : row) sum = _mm512_setzero_si512();
   for (int64_t k = 0; k < steps; ++k, panel += kPanel * 4) {
     __m512i weights[kVectors];
     for (int v = 0; v < kVectors; ++v) weights[v] = _mm512_loadu_si512(panel + v * 64);
-    if (Rows < kTileRows)
-      for (int v = 0; v < kVectors; ++v) _mm_prefetch((const char*)panel + 4096 + v * 64, _MM_HINT_T0);
+    prefetch_panel<Rows>(panel);
     for (int r = 0; r < Rows; ++r) {
       int32_t four;
       std::memcpy(&four, x + r * stride + 4 * k, 4);
@@ -99,19 +66,21 @@ inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int
     }
   }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = own[r][v];
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = {own[r][v]};
 }
 
+#ifdef __AVX512BF16__
+using Half = bf16;  // how activations of a bf16 product are kept
+
 template <int Rows>
-inline void tile_bf16(const bf16* panel, const bf16* x, int64_t stride, int64_t steps, __m512 (&sums)[Rows][kVectors]) {
+inline void tile_bf16(const bf16* panel, const bf16* x, int64_t stride, int64_t steps, Floats (&sums)[Rows][kVectors]) {
   __m512 own[Rows][kVectors];  // not the caller's, which GCC would keep in memory
   for (auto& row : own)
     for (auto& sum : row) sum = _mm512_setzero_ps();
   for (int64_t k = 0; k < steps; ++k, panel += kPanel * 2) {
     __m512bh weights[kVectors];
     for (int v = 0; v < kVectors; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(panel + v * 32);
-    if (Rows < kTileRows)
-      for (int v = 0; v < kVectors; ++v) _mm_prefetch((const char*)panel + 4096 + v * 64, _MM_HINT_T0);
+    prefetch_panel<Rows>(panel);
     for (int r = 0; r < Rows; ++r) {
       int32_t two;
       std::memcpy(&two, x + r * stride + 2 * k, 4);
@@ -122,6 +91,105 @@ inline void tile_bf16(const bf16* panel, const bf16* x, int64_t stride, int64_t 
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kVectors; ++v) sums[r][v] = own[r][v];
 }
+#else
+using Half = float;
+
+template <int Rows>
+inline void tile_bf16(const bf16* panel, const float* x, int64_t stride, int64_t steps, Floats (&sums)[Rows][kVectors]) {
+  __m512 own[Rows][kVectors];
+  for (auto& row : own)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k < steps; ++k, panel += kPanel * 2) {
+    prefetch_panel<Rows>(panel);
+    for (int v = 0; v < kVectors; ++v) {
+      __m512i pair = _mm512_loadu_si512(panel + v * 32);
+      __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+      __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000)));
+      for (int r = 0; r < Rows; ++r) {
+        own[r][v] = _mm512_fmadd_ps(even, _mm512_set1_ps(x[r * stride + 2 * k]), own[r][v]);
+        own[r][v] = _mm512_fmadd_ps(odd, _mm512_set1_ps(x[r * stride + 2 * k + 1]), own[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = own[r][v];
+}
+#endif
+
+#else  // AVX2
+constexpr int kTileRows = 4;
+constexpr int32_t kWeightOffset = 0;
+constexpr int64_t kSteps = 64;  // of 256 bytes of a panel, which then lie in the first cache
+
+using Half = float;
+
+// The part of a panel that is read first fetches all of a step, kSteps ahead.
+template <typename T>
+inline void prefetch_steps(const T* at) {
+  for (int line = 0; line < 4; ++line) _mm_prefetch((const char*)at + kSteps * 256 + line * 64, _MM_HINT_T0);
+}
+
+// Sixteen registers hold 8 accumulators and what is summed: of few rows a whole panel at a time, of more a part of it,
+// kSteps at a time.
+template <int Rows, typename Sum, typename Step>
+inline void tile_in_parts(int64_t steps, Sum (&sums)[Rows][kVectors], Step step) {
+  constexpr int Width = Rows == 1 ? 4 : Rows == 2 ? 2 : 1;
+  std::memset(sums, 0, sizeof(sums));
+  for (int64_t begin = 0; begin < steps; begin += kSteps) {
+    const int64_t end = std::min(begin + kSteps, steps);
+    for (int first = 0; first < kVectors; first += Width) {
+      Sum own[Rows][Width];
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < Width; ++v) own[r][v] = sums[r][first + v];
+      for (int64_t k = begin; k < end; ++k) step(k, first, own);
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < Width; ++v) sums[r][first + v] = own[r][v];
+    }
+  }
+}
+
+template <int Rows>
+inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t steps, Whole (&sums)[Rows][kVectors]) {
+  const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(-128);
+  tile_in_parts<Rows>(steps, sums, [&](int64_t k, int first, auto& own) {
+    const uint8_t* at = panel + k * kPanel * 4 + first * 64;
+    if (first == 0) prefetch_steps(at);
+    for (int v = 0; v < int(std::size(own[0])); ++v) {
+      __m256i low = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(at + v * 64)), offset);
+      __m256i high = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(at + v * 64 + 32)), offset);
+      __m256i low_size = _mm256_abs_epi8(low), high_size = _mm256_abs_epi8(high);
+      for (int r = 0; r < Rows; ++r) {
+        int32_t four;
+        std::memcpy(&four, x + r * stride + 4 * k, 4);
+        __m256i spread = _mm256_set1_epi32(four);
+        __m256i pairs = _mm256_maddubs_epi16(low_size, _mm256_sign_epi8(spread, low));
+        own[r][v].low = _mm256_add_epi32(own[r][v].low, _mm256_madd_epi16(pairs, ones));
+        pairs = _mm256_maddubs_epi16(high_size, _mm256_sign_epi8(spread, high));
+        own[r][v].high = _mm256_add_epi32(own[r][v].high, _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  });
+}
+
+template <int Rows>
+inline void tile_bf16(const bf16* panel, const float* x, int64_t stride, int64_t steps, Floats (&sums)[Rows][kVectors]) {
+  const __m256i upper = _mm256_set1_epi32(0xffff0000);
+  tile_in_parts<Rows>(steps, sums, [&](int64_t k, int first, auto& own) {
+    const bf16* at = panel + k * kPanel * 2 + first * 32;
+    if (first == 0) prefetch_steps(at);
+    for (int v = 0; v < int(std::size(own[0])); ++v) {
+      __m256i low = _mm256_loadu_si256((const __m256i*)(at + v * 32));
+      __m256i high = _mm256_loadu_si256((const __m256i*)(at + v * 32 + 16));
+      Floats even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+      Floats odd = {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
+      for (int r = 0; r < Rows; ++r) {
+        own[r][v] = fused(even, spread(x[r * stride + 2 * k]), own[r][v]);
+        own[r][v] = fused(odd, spread(x[r * stride + 2 * k + 1]), own[r][v]);
+      }
+    }
+  });
+}
+#endif
 
 struct Range {
   int64_t first, last;
@@ -139,8 +207,10 @@ inline void for_tiles(int64_t num_rows, Tile tile) {
   int64_t row = 0;
   for (; row + kTileRows <= num_rows; row += kTileRows) tile(row, std::integral_constant<int, kTileRows>());
   switch (num_rows - row) {
+#ifdef __AVX512F__
     case 5: tile(row, std::integral_constant<int, 5>()); break;
     case 4: tile(row, std::integral_constant<int, 4>()); break;
+#endif
     case 3: tile(row, std::integral_constant<int, 3>()); break;
     case 2: tile(row, std::integral_constant<int, 2>()); break;
     case 1: tile(row, std::integral_constant<int, 1>()); break;
@@ -151,11 +221,9 @@ inline void for_tiles(int64_t num_rows, Tile tile) {
 // scale NaN, and with it every output of the row. Returns the sum of q.
 template <typename T>
 inline int32_t quantize_row(const T* x, int64_t k, int64_t padded, int8_t* q, float* scale) {
-  const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
-  __m512i largest = _mm512_setzero_si512();  // as integers, in which NaN is above infinity
-  for (int64_t i = 0; i < k; i += 16)
-    largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_and_ps(load16(x + i, lanes(k - i)), magnitude)));
-  uint32_t bits = _mm512_reduce_max_epu32(largest);
+  Whole most_bits = no_whole();  // as integers, in which NaN is above infinity
+  for (int64_t i = 0; i < k; i += 16) most_bits = larger(most_bits, magnitudes(load16(x + i, lanes(k - i))));
+  uint32_t bits = largest(most_bits);
   float most;
   std::memcpy(&most, &bits, 4);
   if (bits >= 0x7f800000u) {
@@ -167,14 +235,13 @@ inline int32_t quantize_row(const T* x, int64_t k, int64_t padded, int8_t* q, fl
   // The smallest floats have no inverse: they count as zeros, whose scale makes zeros of the whole row.
   float inverse = 127.0f / most;
   if (!std::isfinite(inverse)) inverse = 0.0f;
-  __m512i total = _mm512_setzero_si512();
+  Whole sum = no_whole();
   for (int64_t i = 0; i < padded; i += 16) {
-    __m512 scaled = _mm512_mul_ps(load16(x + i, lanes(k - i)), _mm512_set1_ps(inverse));
-    __m512i whole = _mm512_cvt_roundps_epi32(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    total = _mm512_add_epi32(total, whole);
-    _mm_mask_storeu_epi8(q + i, lanes(padded - i), _mm512_cvtepi32_epi8(whole));
+    Whole whole = to_whole(load16(x + i, lanes(k - i)) * spread(inverse));
+    sum = sum + whole;
+    store_bytes(q + i, whole, lanes(padded - i));
   }
-  return _mm512_reduce_add_epi32(total);
+  return total(sum);
 }
 
 // --- products ---------------------------------------------------------------------------------------------------
@@ -189,7 +256,7 @@ extern "C" struct RgLinear {
 // Rows as products take them. Buffers grow and stay; one engine thread calls, its team shares them.
 struct Rows {
   std::vector<int8_t> bytes;
-  std::vector<bf16> halves;
+  std::vector<Half> halves;
   std::vector<float> scales;
   std::vector<int32_t> sums;
   int64_t padded = 0;
@@ -211,7 +278,7 @@ struct Rows {
       sums[row] = quantize_row(x, linear.k, padded, bytes.data() + row * padded, scales.data() + row);
       return;
     }
-    bf16* to = halves.data() + row * padded;
+    Half* to = halves.data() + row * padded;
     for (int64_t i = 0; i < linear.k; i += 16) store16(to + i, load16(x + i, lanes(linear.k - i)), lanes(linear.k - i));
     if (padded != linear.k) to[linear.k] = 0;
   }
@@ -223,30 +290,29 @@ inline void product(const RgLinear& linear, const Rows& rows, int64_t m, Take ta
   Range own = own_part(panels(linear.n));
   for (int64_t panel = own.first; panel < own.last; ++panel) {
     int64_t first = panel * kPanel;
-    __m512 added[kVectors], of_weights[kVectors];
+    Floats added[kVectors], of_weights[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      __mmask16 mask = lanes(linear.n - first - v * 16);
-      added[v] = linear.bias ? load16(linear.bias + first + v * 16, mask) : _mm512_setzero_ps();
-      of_weights[v] = linear.scales ? load16(linear.scales + first + v * 16, mask) : _mm512_setzero_ps();
+      Mask mask = lanes(linear.n - first - v * 16);
+      added[v] = linear.bias ? load16(linear.bias + first + v * 16, mask) : zeros();
+      of_weights[v] = linear.scales ? load16(linear.scales + first + v * 16, mask) : zeros();
     }
     for_tiles(m, [&](int64_t row, auto count) {
       constexpr int Count = decltype(count)::value;
-      __m512 values[Count][kVectors];
+      Floats values[Count][kVectors];
       if (linear.scales) {
-        __m512i found[Count][kVectors];
+        Whole found[Count][kVectors];
         const uint8_t* weights = (const uint8_t*)linear.weight + first * rows.padded;
         tile_int8<Count>(weights, rows.bytes.data() + row * rows.padded, rows.padded, rows.padded / 4, found);
         for (int r = 0; r < Count; ++r)
           for (int v = 0; v < kVectors; ++v) {
-            __m512i exact = _mm512_sub_epi32(found[r][v], _mm512_set1_epi32(128 * rows.sums[row + r]));
-            __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(rows.scales[row + r]));
-            values[r][v] = _mm512_add_ps(_mm512_mul_ps(scaled, of_weights[v]), added[v]);
+            Whole exact = minus(found[r][v], kWeightOffset * rows.sums[row + r]);
+            values[r][v] = to_floats(exact) * spread(rows.scales[row + r]) * of_weights[v] + added[v];
           }
       } else {
         const bf16* weights = (const bf16*)linear.weight + first * rows.padded;
         tile_bf16<Count>(weights, rows.halves.data() + row * rows.padded, rows.padded, rows.padded / 2, values);
         for (int r = 0; r < Count; ++r)
-          for (int v = 0; v < kVectors; ++v) values[r][v] = _mm512_add_ps(values[r][v], added[v]);
+          for (int v = 0; v < kVectors; ++v) values[r][v] = values[r][v] + added[v];
       }
       for (int r = 0; r < Count; ++r) take(row + r, first, values[r]);
     });

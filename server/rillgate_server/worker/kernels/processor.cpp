@@ -2,7 +2,4 @@
 
 extern "C" const char* rg_digest() { return RILLGATE_DIGEST; }
 
-extern "C" int rg_is_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-}
+extern "C" int rg_is_supported() { return RILLGATE_IS_SUPPORTED; }

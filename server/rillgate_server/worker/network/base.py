@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rillgate_server.worker.attention.base import AttentionStep
+from rillgate_server.worker.collectives import Collectives
 
 
 class Network(Protocol):
@@ -23,3 +24,12 @@ class Network(Protocol):
         Of a split model's ranks, all must call it and rank 0 alone gets the logits.
         """
         ...
+
+
+def join_logits(logits: Tensor, vocab_size: int, collectives: Collectives | None) -> Tensor | None:
+    """Join what all ranks' parts of the output head gave, on rank 0; `collectives` None: whole."""
+    if collectives is None:
+        return logits
+    joined = collectives.gather_columns(logits)
+    # Past the vocabulary lie the zeros that fill the last rank's part up.
+    return None if joined is None else joined[:, :vocab_size]

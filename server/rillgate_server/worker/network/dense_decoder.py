@@ -1,10 +1,14 @@
-"""Llama, Mistral, Qwen2 and Qwen3 on CPUs in two C++ calls a layer, with attention between them.
+"""Llama, Mistral, Qwen2 and Qwen3 on CPUs in three C++ calls a layer, with attention in between.
 
 What transformers' modules compute, without their dispatch and with everything but attention fused
 around the products (kernels/decoder.cpp). The residual stream is float32, and each row is computed
 as if it were alone. Embedding, final norm and rotary angles stay torch's.
 
-Owns how a layer's weights are joined and packed. Does not know files nor how attention is computed.
+Of a split model each rank has its heads and its part of the MLP. The residual stream is whole on
+all ranks: rank 0 adds to it, the others to zeros, and the sum over ranks, in float32, is the next.
+
+Owns how a layer's weights are joined and packed. Does not know files nor how attention is computed,
+nor how a model is split.
 """
 
 import ctypes
@@ -17,7 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rillgate_server.worker.attention.base import AttentionStep
+from rillgate_server.worker.collectives import Collectives
 from rillgate_server.worker.kernels.library import Kernels, Layer, Linear, Shape
+from rillgate_server.worker.network.base import join_logits
 from rillgate_server.worker.packed_linear import MAX_SECOND_COPY_BYTES
 from rillgate_server.worker.quantization.int8 import Int8Linear
 
@@ -27,15 +33,26 @@ _HALF_PANEL = 32
 
 def can_compute(model: PreTrainedModel) -> bool:
     """Whether a loaded model is one of these: linear layers in INT8 or bf16, SiLU between them, and
-    rotary angles for every dimension of a head."""
+    rotary angles for every dimension of a head. Layers that are joined must be of one kind."""
     config = model.config
     decoder: Any = model.get_decoder()
-    layer = decoder.layers[0]
-    is_packable = isinstance(layer.self_attn.q_proj, Int8Linear) or model.dtype == torch.bfloat16
-    if config.model_type not in _MODEL_TYPES or config.hidden_act != "silu" or not is_packable:
+    if config.model_type not in _MODEL_TYPES or config.hidden_act != "silu":
+        return False
+    if not all(map(_is_packable, decoder.layers)):
         return False
     # The kernel rotates whole heads.
-    return bool(2 * len(decoder.rotary_emb.inv_freq) == layer.self_attn.head_dim)
+    return bool(2 * len(decoder.rotary_emb.inv_freq) == decoder.layers[0].self_attn.head_dim)
+
+
+def _is_packable(layer: Any) -> bool:  # a module of transformers
+    attention, mlp = layer.self_attn, layer.mlp
+    joined = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+    groups = (*joined, (attention.o_proj,), (mlp.down_proj,))
+    return all(
+        all(isinstance(it, Int8Linear) for it in group)
+        or all(type(it) is nn.Linear and it.weight.dtype == torch.bfloat16 for it in group)
+        for group in groups
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,22 +156,31 @@ class _PackedLayer:
 class DenseDecoder:
     """A network of C++ layers (Network). State: none."""
 
-    def __init__(self, model: PreTrainedModel, kernels: Kernels) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kernels: Kernels, collectives: Collectives | None = None
+    ) -> None:
         """Take over a filled model for which `can_compute` holds; its layers are gone afterwards.
 
-        One layer at a time is there twice.
+        `collectives` of a split one, whose embedding is connected already. One layer at a time is
+        there twice.
         """
         self.model = model
         config = model.config
         decoder: Any = model.get_decoder()
-        attention = decoder.layers[0].self_attn
+        attention, mlp = decoder.layers[0].self_attn, decoder.layers[0].mlp
         self._kernels = kernels
+        self._collectives = collectives
         self._decoder: Any = decoder
         self._scaling = float(attention.scaling)
-        self._heads = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+        dim = attention.head_dim
+        self._heads = (
+            attention.q_proj.out_features // dim,
+            attention.k_proj.out_features // dim,
+            dim,
+        )
         self._epsilon = float(config.rms_norm_eps)
         self._shape = Shape(
-            config.hidden_size, *self._heads, config.intermediate_size, self._epsilon
+            config.hidden_size, *self._heads, mlp.down_proj.in_features, self._epsilon
         )
         self._layers: list[_PackedLayer] = []
         for i in range(len(decoder.layers)):
@@ -178,22 +204,40 @@ class DenseDecoder:
             of = ctypes.byref(layer.struct)
             self._kernels.into_attention(shape, of, x, (cosines, sines), (query, key, value))
             attended = step.attend(index, query, key, value, self._scaling)
-            self._kernels.after_attention(shape, of, attended.contiguous(), x)
+            sums = self._begin_sums(x)
+            self._kernels.add_attention(shape, of, attended.contiguous(), sums)
+            x = self._summed(sums)
+            sums = self._begin_sums(x)
+            self._kernels.add_mlp(shape, of, x, sums)
+            x = self._summed(sums)
         weight = self._decoder.norm.weight.float()
         normed = F.rms_norm(x, weight.shape, weight, self._epsilon)
         return normed.to(dtype)
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Apply the output head (Network.logits)."""
+        logits: Tensor
         if self._head is not None:
-            return self._kernels.linear(self._head.struct, hidden)
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits
+            logits = self._kernels.linear(self._head.struct, hidden)
+        else:
+            logits = self.model.get_output_embeddings()(hidden)
+        return join_logits(logits, self.model.config.vocab_size, self._collectives)
+
+    def _begin_sums(self, x: Tensor) -> Tensor:
+        """Return what this rank adds its part to: the residual stream itself, or zeros."""
+        is_first = self._collectives is None or self._collectives.rank == 0
+        return x if is_first else torch.zeros_like(x)
+
+    def _summed(self, sums: Tensor) -> Tensor:
+        """Return the residual stream with all ranks' parts."""
+        return sums if self._collectives is None else self._collectives.all_reduce(sums)
 
     def _packed_head(self) -> "_PackedLinear | None":
         """Pack the output head, in bf16; beside an embedding that it is tied to, a small one."""
         head: Any = self.model.get_output_embeddings()
-        is_tied = head.weight is self._decoder.embed_tokens.weight
+        if isinstance(head, Int8Linear):
+            return None  # it packed itself
+        is_tied = head.weight is getattr(self._decoder.embed_tokens, "weight", None)
         is_large = head.weight.nbytes > MAX_SECOND_COPY_BYTES
         if self.model.dtype != torch.bfloat16 or (is_tied and is_large):
             return None

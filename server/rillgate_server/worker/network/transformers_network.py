@@ -17,6 +17,7 @@ from transformers import (
 
 from rillgate_server.worker.attention.base import AttentionStep
 from rillgate_server.worker.collectives import Collectives
+from rillgate_server.worker.network.base import join_logits
 
 ATTENTION_NAME = "rillgate_paged"
 _STEP_ARGUMENT = "rillgate_step"
@@ -71,11 +72,7 @@ class TransformersNetwork:
         """Apply the output head (Network.logits)."""
         head = self.model.get_output_embeddings()  # looked up late: layers may be replaced
         logits: Tensor = head(hidden)
-        if self._collectives is None:
-            return logits
-        joined = self._collectives.gather_columns(logits)
-        # Past the vocabulary lie the zeros that fill the last rank's part up.
-        return None if joined is None else joined[:, : self.model.config.vocab_size]
+        return join_logits(logits, self.model.config.vocab_size, self._collectives)
 
 
 def layer_cache_shapes(

@@ -24,8 +24,8 @@ _PART_ELEMENTS = 1 << 20
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return [out_features, in_features], int8, and [out_features], float32, of a weight."""
-    whole = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(len(weight), dtype=torch.float32)
+    whole = torch.empty_like(weight, dtype=torch.int8)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     channels_at_once = max(1, _PART_ELEMENTS // weight.shape[1])
     for first in range(0, len(weight), channels_at_once):
         part = slice(first, first + channels_at_once)
@@ -55,12 +55,21 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) 
 class Int8Linear(nn.Module):
     """`nn.Linear` with its weight in INT8, packed where there are kernels. State: none."""
 
-    def __init__(self, weight: Tensor, kernels: Kernels | None) -> None:
-        """Quantise `weight`, which is not kept."""
+    def __init__(
+        self, weight: Tensor, kernels: Kernels | None, scales: Tensor | None = None
+    ) -> None:
+        """Quantise `weight`, or take one in INT8 with its `scales`, [out_features], float32.
+
+        Neither is kept.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._kernels = kernels
-        plain, self.scales = quantize_weight(weight)
+        if scales is None:
+            plain, self.scales = quantize_weight(weight)
+        else:
+            plain = weight.clone() if kernels is None else weight
+            self.scales = scales.clone()
         self.weight = plain if kernels is None else kernels.pack_int8(plain)
         """[out_features, in_features], int8, or packed."""
         self.bias: nn.Parameter | None = None
@@ -75,6 +84,15 @@ class Int8Linear(nn.Module):
             size = self.out_features, self.in_features
             y = self._kernels.linear(Linear.of(self.weight, self.scales, self.bias, size), rows)
         return y.view(*x.shape[:-1], -1)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return rows of the weight, as exact as they are kept. [len(indices), in_features],
+        float32."""
+        if self._kernels is None:
+            found = self.weight[indices]
+        else:
+            found = self._kernels.unpack_int8_rows(self.weight, indices, self.in_features)
+        return found * self.scales[indices, None]
 
     def plain_weight(self) -> Tensor:
         """Return the weight unpacked. [out_features, in_features], int8."""

@@ -1,0 +1,1 @@
+"""Other servers of language models, in environments of their own under `.bench/`."""

@@ -1,0 +1,1 @@
+"""`rillgate evaluate`: how well a model answers, for any setting."""
