@@ -34,7 +34,7 @@ namespace rillgate {
 namespace {
 
 constexpr int64_t kSplit = 512;     // tokens
-constexpr int64_t kQueryRows = 96;  // of a query tile, about: what is kept for them stays in the second-level cache
+constexpr int64_t kQueryRows = 192; // of a query tile, about: what is kept for them stays in the second-level cache
 
 // 2^x to about one unit in the last place (Cephes' polynomial), 0 below -150, and NaN for NaN.
 __m512 power16(__m512 x) {
@@ -100,6 +100,8 @@ void weigh(const Work& work, const Queries& queries, const Tile& tile, int64_t r
   __m512 scores[Rows][Vectors];
   multiply<Rows, Vectors>(work.keys, queries.rows + row * key_dim, key_dim, key_dim / 2, scores);
   const __m512 factor = _mm512_set1_ps(work.heads.scale * 1.44269504f);
+  float most[Rows];
+  __m512 added[Rows];
   for (int r = 0; r < Rows; ++r) {
     int64_t token = (row + r) / queries.group, last = queries.start + token - tile.begin;
     int64_t first = queries.first_seen(token) - tile.begin;
@@ -113,29 +115,33 @@ void weigh(const Work& work, const Queries& queries, const Tile& tile, int64_t r
       }
       found = _mm512_max_ps(found, score);
     }
-    float before = sums.largest[row + r];
-    float largest = std::max(before, _mm512_reduce_max_ps(found) * work.heads.scale * 1.44269504f);
+    most[r] = std::max(sums.largest[row + r], _mm512_reduce_max_ps(found) * work.heads.scale * 1.44269504f);
+  }
+  for (int r = 0; r < Rows; ++r) {
     __m512 part[4];
     for (auto& sum : part) sum = _mm512_setzero_ps();
     for (int v = 0; v < Vectors; ++v) {
-      __m512 weight = power16(_mm512_fmsub_ps(scores[r][v], factor, _mm512_set1_ps(largest)));
+      __m512 weight = power16(_mm512_fmsub_ps(scores[r][v], factor, _mm512_set1_ps(most[r])));
       __m512 used = weight;
       if constexpr (Scaled) used = _mm512_mul_ps(weight, _mm512_load_ps(tile.value_scales + v * kLanes));
-      _mm256_storeu_si256((__m256i*)(weights + r * kTile + v * kLanes), (__m256i)_mm512_cvtneps_pbh(used));
-      part[v] = Scaled ? weight : load16(weights + r * kTile + v * kLanes);
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(used);
+      _mm256_storeu_si256((__m256i*)(weights + r * kTile + v * kLanes), rounded);
+      part[v] = Scaled ? weight : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
     }
+    added[r] = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
+  }
+  for (int r = 0; r < Rows; ++r) {
     float* of_total = work.lanes_of_totals + (row + r) * kLanes;
     __m512 total = _mm512_load_ps(of_total);
-    if (largest != before) {
-      float shrunk = power(before - largest);
+    if (most[r] != sums.largest[row + r]) {
+      const __m512 shrunk = power16(_mm512_set1_ps(sums.largest[row + r] - most[r]));
       float* values = sums.values + (row + r) * value_dim;
-      total = _mm512_mul_ps(total, _mm512_set1_ps(shrunk));
+      total = _mm512_mul_ps(total, shrunk);
       for (int64_t dim = 0; dim < value_dim; dim += 16)
-        _mm512_storeu_ps(values + dim, _mm512_mul_ps(_mm512_loadu_ps(values + dim), _mm512_set1_ps(shrunk)));
-      sums.largest[row + r] = largest;
+        _mm512_storeu_ps(values + dim, _mm512_mul_ps(_mm512_loadu_ps(values + dim), shrunk));
+      sums.largest[row + r] = most[r];
     }
-    __m512 added = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
-    _mm512_store_ps(of_total, _mm512_add_ps(total, added));
+    _mm512_store_ps(of_total, _mm512_add_ps(total, added[r]));
   }
 }
 
