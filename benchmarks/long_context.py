@@ -2,7 +2,7 @@
 
 `python -m benchmarks.long_context` writes `results/long_context.json`. The model alone, without
 scheduler or gRPC: a random checkpoint of Qwen2.5-0.5B's shape, two threads, weights in bf16 and
-INT8, cache in bf16 and INT8. A cache is filled by one prefill; other streams get copies of it.
+INT8, cache in bf16 and INT8. A cache is filled with copies of one prefill's blocks.
 
     bandwidth_fraction_long_*  bytes of weights and cache that a decode step reads, per second, over
                                what the machine reads
@@ -101,10 +101,13 @@ class LongContext:
         self._execute((), (), ended=(0,))
         return seconds
 
-    def copy_to_all(self) -> None:
-        """Give the other streams the first one's context, in blocks of their own."""
-        streams = self._bytes.view(max(STREAMS), self._per_stream, -1)
-        streams[1:] = streams[:1]
+    def fill(self) -> None:
+        """Prefill the shorter context and copy its blocks all over: each stream reads its own."""
+        self.prefill(CONTEXTS[0])
+        num_blocks = CONTEXTS[0] // self._block_size
+        for first in range(num_blocks, len(self._bytes), num_blocks):
+            part = self._bytes[first : first + num_blocks]
+            part.copy_(self._bytes[: len(part)])
 
     def decode(self, context: int, streams: int) -> list[float]:
         """Return the seconds of some steps."""
@@ -141,8 +144,7 @@ def measure(num_rounds: int) -> tuple[dict[Case, Measured], list[MachineLimits]]
         for kv_dtype, cache in CACHES.items():
             model = LongContext(model_dir, quantization, kv_dtype)
             measured = Measured([], {}, model.cache_bytes_per_token)
-            model.prefill(CONTEXTS[-1])
-            model.copy_to_all()
+            model.fill()
             for _ in range(num_rounds):
                 for context, streams in itertools.product(CONTEXTS, STREAMS):
                     samples = measured.decode_s.setdefault((context, streams), [])
