@@ -31,7 +31,7 @@ from rillgate_server.worker.network.transformers_network import (
     layer_cache_shapes,
 )
 from rillgate_server.worker.packed_linear import pack_linear_layers
-from rillgate_server.worker.quantization.int8 import Int8Linear
+from rillgate_server.worker.quantization.int8 import Int8Linear, pack_int8_layers
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.sharding import Sharding, check_split, connect_layers
 
@@ -120,6 +120,7 @@ class Worker:
                 network = DenseDecoder(model, kernels)
             else:
                 pack_linear_layers(model)
+                pack_int8_layers(model)
                 network = TransformersNetwork(model)
             ranks = 1
         else:
@@ -128,6 +129,7 @@ class Worker:
                 store = replace(store, free_bytes=store.free_bytes // group.num_local)
             model = load_network(model_dir, _DTYPES[dtype], on_progress, sharding, store)
             pack_linear_layers(model)
+            pack_int8_layers(model)
             connect_layers(model, sharding, group.collectives)
             network, ranks = TransformersNetwork(model, group.collectives), group.place.ranks
         keep_freed_memory()
