@@ -165,6 +165,7 @@ def test_checkpoints_of_others_may_use_the_lowest_value(kernels: object) -> None
     weight[0] = -128
     scales, x = torch.rand(70) / 100, torch.randn(5, 33)
     layer = Int8Linear(weight, kernels, scales)  # type: ignore[arg-type]
+    layer.pack()
     exact = x @ (weight.float() * scales[:, None]).T
     assert torch.equal(layer(x), linear_int8(x, weight, scales, None))
     assert (layer(x) - exact).norm() / exact.norm() < 0.012

@@ -35,7 +35,7 @@ from rillgate_server.worker.network.transformers_network import (
     layer_cache_shapes,
 )
 from rillgate_server.worker.packed_linear import pack_linear_layers
-from rillgate_server.worker.quantization.int8 import Int8Linear
+from rillgate_server.worker.quantization.int8 import Int8Linear, pack_int8_layers
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.sharding import (
     Sharding,
@@ -148,6 +148,7 @@ class Worker:
             network = DenseDecoder(model, kernels, collectives)
         else:
             pack_linear_layers(model)
+            pack_int8_layers(model)
             if sharding is not None and collectives is not None:
                 connect_layers(model, sharding, collectives)
             network = TransformersNetwork(model, collectives)

@@ -236,7 +236,8 @@ class DenseDecoder:
         """Pack the output head, in bf16; beside an embedding that it is tied to, a small one."""
         head: Any = self.model.get_output_embeddings()
         if isinstance(head, Int8Linear):
-            return None  # it packed itself
+            head.pack()
+            return None
         is_tied = head.weight is getattr(self._decoder.embed_tokens, "weight", None)
         is_large = head.weight.nbytes > MAX_SECOND_COPY_BYTES
         if self.model.dtype != torch.bfloat16 or (is_tied and is_large):

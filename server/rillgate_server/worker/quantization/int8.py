@@ -53,7 +53,7 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) 
 
 
 class Int8Linear(nn.Module):
-    """`nn.Linear` with its weight in INT8, packed where there are kernels. State: none."""
+    """`nn.Linear` with its weight in INT8. State: whether it is packed for the kernels."""
 
     def __init__(
         self, weight: Tensor, kernels: Kernels | None, scales: Tensor | None = None
@@ -65,20 +65,26 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._kernels = kernels
+        self._is_packed = False
         if scales is None:
-            plain, self.scales = quantize_weight(weight)
+            self.weight, self.scales = quantize_weight(weight)
         else:
-            plain = weight.clone() if kernels is None else weight
-            self.scales = scales.clone()
-        self.weight = plain if kernels is None else kernels.pack_int8(plain)
+            self.weight, self.scales = weight.clone(), scales.clone()
         """[out_features, in_features], int8, or packed."""
         self.bias: nn.Parameter | None = None
         """[out_features], float32."""
 
+    def pack(self) -> None:
+        """Put the weight into the kernels' layout, where there are kernels; whoever joins layers
+        first wants them plain."""
+        if self._kernels is not None and not self._is_packed:
+            self.weight = self._kernels.pack_int8(self.weight)
+            self._is_packed = True
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b. x: [..., in_features]; the result in x's type."""
         rows = x.flatten(0, -2)
-        if self._kernels is None:
+        if self._kernels is None or not self._is_packed:
             y = linear_int8(rows, self.weight, self.scales, self.bias)
         else:
             size = self.out_features, self.in_features
@@ -88,7 +94,7 @@ class Int8Linear(nn.Module):
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows of the weight, as exact as they are kept. [len(indices), in_features],
         float32."""
-        if self._kernels is None:
+        if self._kernels is None or not self._is_packed:
             found = self.weight[indices]
         else:
             found = self._kernels.unpack_int8_rows(self.weight, indices, self.in_features)
@@ -96,10 +102,17 @@ class Int8Linear(nn.Module):
 
     def plain_weight(self) -> Tensor:
         """Return the weight unpacked. [out_features, in_features], int8."""
-        if self._kernels is None:
+        if self._kernels is None or not self._is_packed:
             return self.weight
         return self._kernels.unpack_int8(self.weight, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         """Show the shape, as nn.Linear does."""
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"
+
+
+def pack_int8_layers(network: nn.Module) -> None:
+    """Pack each, one by one: the peak is one layer more."""
+    for module in network.modules():
+        if isinstance(module, Int8Linear):
+            module.pack()
