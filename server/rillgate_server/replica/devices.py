@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rillgate_server.config.settings import Settings
 from rillgate_server.errors import ConfigError
+from rillgate_server.worker.host_cores import usable_cores
 from rillgate_server.worker.host_memory import available_bytes
 
 CPU = "cpu"
@@ -38,7 +39,7 @@ class Machine:
     @classmethod
     def here(cls) -> "Machine":
         """Look at this one."""
-        return cls(find_cuda_devices(os.environ), len(os.sched_getaffinity(0)), available_bytes())
+        return cls(find_cuda_devices(os.environ), usable_cores(), available_bytes())
 
 
 @dataclass(frozen=True, slots=True)

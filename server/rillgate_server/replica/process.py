@@ -36,6 +36,7 @@ from rillgate_server.worker.compute_device import (
     free_memory,
 )
 from rillgate_server.worker.draft_model import check_draft_model
+from rillgate_server.worker.host_cores import usable_cores
 from rillgate_server.worker.rank_executor import RankExecutor
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_loop import run_rank
@@ -226,11 +227,10 @@ def _load_worker(
     settings: Settings, model_dir: Path, device: Device, group: RankGroup | None = None
 ) -> Worker:
     started_s = time.monotonic()
-    num_cores = len(os.sched_getaffinity(0))
     options = WorkerOptions(
         dtype=settings.model.dtype,
         num_threads=settings.replica.num_threads
-        or max(1, num_cores // (1 if group is None else group.num_local)),
+        or max(1, usable_cores() // (1 if group is None else group.num_local)),
         block_size_tokens=settings.cache.block_size_tokens,
         kv_dtype=settings.cache.kv_dtype,
         device=device,

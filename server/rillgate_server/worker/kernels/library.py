@@ -7,6 +7,7 @@ is written down beside it in torch, in worker/quantization and in the tests.
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -126,6 +127,15 @@ class Rows(ctypes.Structure):
     )
 
 
+TakeMemory = Callable[[int], Tensor]
+"""Makes a tensor of so many bytes, uint8."""
+
+
+def take_plain(num_bytes: int) -> Tensor:
+    """Take memory as torch does."""
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
 @cache
 def load_kernels(level: str = "") -> "Kernels | None":
     """Return those of a level, or of the highest that the processor has.
@@ -179,15 +189,16 @@ class Kernels:
         self.has_attention = hasattr(library, "rg_attend")
         """Whether attention is there at this level, too."""
 
-    def pack_int8(self, weight: Tensor) -> Tensor:
+    def pack_int8(self, weight: Tensor, take: TakeMemory = take_plain) -> Tensor:
         """Pack [out_features, in_features], int8. Returns [some], uint8."""
         num_bytes = self._library.rg_packed_elements(*weight.shape, 4)
-        return self._pack("rg_pack_int8", weight, torch.empty(num_bytes, dtype=torch.uint8))
+        return self._pack("rg_pack_int8", weight, take(num_bytes))
 
-    def pack_bf16(self, weight: Tensor) -> Tensor:
+    def pack_bf16(self, weight: Tensor, take: TakeMemory = take_plain) -> Tensor:
         """Pack [out_features, in_features], bfloat16. Returns [some], bfloat16."""
         num_elements = self._library.rg_packed_elements(*weight.shape, 2)
-        return self._pack("rg_pack_bf16", weight, torch.empty(num_elements, dtype=torch.bfloat16))
+        packed = take(2 * num_elements).view(torch.bfloat16)
+        return self._pack("rg_pack_bf16", weight, packed)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """Return x W^T + b, each row computed as if it were alone.

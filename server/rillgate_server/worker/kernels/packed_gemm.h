@@ -36,51 +36,63 @@ inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 // x: `Rows` rows of `stride` elements. sums[row][channels]: what the panel's channels give.
 
+// What a tile fetches of the next panel while it computes: two runs of memory, a line per step; or null.
+struct Ahead {
+  const char* first;
+  const char* second;
+};
+
 #ifdef __AVX512F__
 constexpr int kTileRows = 6;  // 24 accumulators of the 32 registers
 
-// What lies a page ahead, where a panel is streamed for few rows.
+// Few rows are alone with their panel, and fetch what lies a page ahead in it.
 template <int Rows, typename T>
-inline void prefetch_panel(const T* panel) {
-  if (Rows < kTileRows)
-    for (int v = 0; v < kVectors; ++v) _mm_prefetch((const char*)panel + 4096 + v * 64, _MM_HINT_T0);
+inline void prefetch(Ahead ahead, const T* at, int64_t k) {
+  if (Rows < kTileRows && !ahead.first) {
+    for (int v = 0; v < kVectors; ++v) _mm_prefetch((const char*)at + 4096 + v * 64, _MM_HINT_T0);
+  } else {
+    _mm_prefetch(ahead.first + k * 64, _MM_HINT_T1);
+    _mm_prefetch(ahead.second + k * 64, _MM_HINT_T1);
+  }
 }
 
 constexpr int32_t kWeightOffset = 128;  // left in tile_int8's sums, times the sum of a row
 
 template <int Rows>
-inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t steps, Whole (&sums)[Rows][kVectors]) {
-  __m512i own[Rows][kVectors];  // not the caller's, which GCC would keep in memory
+inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t steps, Ahead ahead, Whole (&sums)[Rows][kVectors]) {
+  // Not the caller's, nor of __m512i, which may alias: GCC 12 would keep either in memory, and go through it.
+  typedef int Sixteen __attribute__((vector_size(64)));
+  Sixteen own[Rows][kVectors];
   for (auto& row : own)
-    for (auto& sum : row) sum = _mm512_setzero_si512();
+    for (auto& sum : row) sum = Sixteen{};
   for (int64_t k = 0; k < steps; ++k, panel += kPanel * 4) {
     __m512i weights[kVectors];
     for (int v = 0; v < kVectors; ++v) weights[v] = _mm512_loadu_si512(panel + v * 64);
-    prefetch_panel<Rows>(panel);
+    prefetch<Rows>(ahead, panel, k);
     for (int r = 0; r < Rows; ++r) {
       int32_t four;
       std::memcpy(&four, x + r * stride + 4 * k, 4);
       __m512i spread = _mm512_set1_epi32(four);
-      // Written down: around the intrinsic GCC 12 moves every accumulator through memory.
-      for (int v = 0; v < kVectors; ++v) asm("vpdpbusd %2, %1, %0" : "+v"(own[r][v]) : "v"(weights[v]), "v"(spread));
+      for (int v = 0; v < kVectors; ++v)
+        own[r][v] = (Sixteen)_mm512_dpbusd_epi32((__m512i)own[r][v], weights[v], spread);
     }
   }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = {own[r][v]};
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = {(__m512i)own[r][v]};
 }
 
 #ifdef __AVX512BF16__
 using Half = bf16;  // how activations of a bf16 product are kept
 
 template <int Rows>
-inline void tile_bf16(const bf16* panel, const bf16* x, int64_t stride, int64_t steps, Floats (&sums)[Rows][kVectors]) {
+inline void tile_bf16(const bf16* panel, const bf16* x, int64_t stride, int64_t steps, Ahead ahead, Floats (&sums)[Rows][kVectors]) {
   __m512 own[Rows][kVectors];  // not the caller's, which GCC would keep in memory
   for (auto& row : own)
     for (auto& sum : row) sum = _mm512_setzero_ps();
   for (int64_t k = 0; k < steps; ++k, panel += kPanel * 2) {
     __m512bh weights[kVectors];
     for (int v = 0; v < kVectors; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(panel + v * 32);
-    prefetch_panel<Rows>(panel);
+    prefetch<Rows>(ahead, panel, k);
     for (int r = 0; r < Rows; ++r) {
       int32_t two;
       std::memcpy(&two, x + r * stride + 2 * k, 4);
@@ -95,12 +107,12 @@ inline void tile_bf16(const bf16* panel, const bf16* x, int64_t stride, int64_t 
 using Half = float;
 
 template <int Rows>
-inline void tile_bf16(const bf16* panel, const float* x, int64_t stride, int64_t steps, Floats (&sums)[Rows][kVectors]) {
+inline void tile_bf16(const bf16* panel, const float* x, int64_t stride, int64_t steps, Ahead ahead, Floats (&sums)[Rows][kVectors]) {
   __m512 own[Rows][kVectors];
   for (auto& row : own)
     for (auto& sum : row) sum = _mm512_setzero_ps();
   for (int64_t k = 0; k < steps; ++k, panel += kPanel * 2) {
-    prefetch_panel<Rows>(panel);
+    prefetch<Rows>(ahead, panel, k);
     for (int v = 0; v < kVectors; ++v) {
       __m512i pair = _mm512_loadu_si512(panel + v * 32);
       __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
@@ -119,6 +131,7 @@ inline void tile_bf16(const bf16* panel, const float* x, int64_t stride, int64_t
 #else  // AVX2
 constexpr int kTileRows = 4;
 constexpr int32_t kWeightOffset = 0;
+
 constexpr int64_t kSteps = 64;  // of 256 bytes of a panel, which then lie in the first cache
 
 using Half = float;
@@ -149,7 +162,7 @@ inline void tile_in_parts(int64_t steps, Sum (&sums)[Rows][kVectors], Step step)
 }
 
 template <int Rows>
-inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t steps, Whole (&sums)[Rows][kVectors]) {
+inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t steps, Ahead, Whole (&sums)[Rows][kVectors]) {
   const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(-128);
   tile_in_parts<Rows>(steps, sums, [&](int64_t k, int first, auto& own) {
     const uint8_t* at = panel + k * kPanel * 4 + first * 64;
@@ -172,7 +185,7 @@ inline void tile_int8(const uint8_t* panel, const int8_t* x, int64_t stride, int
 }
 
 template <int Rows>
-inline void tile_bf16(const bf16* panel, const float* x, int64_t stride, int64_t steps, Floats (&sums)[Rows][kVectors]) {
+inline void tile_bf16(const bf16* panel, const float* x, int64_t stride, int64_t steps, Ahead, Floats (&sums)[Rows][kVectors]) {
   const __m256i upper = _mm256_set1_epi32(0xffff0000);
   tile_in_parts<Rows>(steps, sums, [&](int64_t k, int first, auto& own) {
     const bf16* at = panel + k * kPanel * 2 + first * 32;
@@ -288,6 +301,7 @@ struct Rows {
 template <typename Take>
 inline void product(const RgLinear& linear, const Rows& rows, int64_t m, Take take) {
   Range own = own_part(panels(linear.n));
+  const int64_t panel_bytes = kPanel * rows.padded * (linear.scales ? 1 : 2);
   for (int64_t panel = own.first; panel < own.last; ++panel) {
     int64_t first = panel * kPanel;
     Floats added[kVectors], of_weights[kVectors];
@@ -296,13 +310,22 @@ inline void product(const RgLinear& linear, const Rows& rows, int64_t m, Take ta
       added[v] = linear.bias ? load16(linear.bias + first + v * 16, mask) : zeros();
       of_weights[v] = linear.scales ? load16(linear.scales + first + v * 16, mask) : zeros();
     }
+    // Of four tiles or more each of the first four fetches a quarter of the next panel, of fewer each two.
+    const char* next = (const char*)linear.weight + std::min(panel + 1, own.last - 1) * panel_bytes;
+    auto fetch = [&](int64_t tile) -> Ahead {
+      if (m < kTileRows) return {nullptr, nullptr};
+      int64_t quarter = m > 3 * kTileRows ? std::min<int64_t>(tile, 3) : std::min<int64_t>(2 * tile, 2);
+      int64_t other = m > 3 * kTileRows ? quarter : quarter + 1;
+      return {next + quarter * panel_bytes / 4, next + other * panel_bytes / 4};
+    };
     for_tiles(m, [&](int64_t row, auto count) {
       constexpr int Count = decltype(count)::value;
       Floats values[Count][kVectors];
+      const Ahead ahead = fetch(row / kTileRows);
       if (linear.scales) {
         Whole found[Count][kVectors];
         const uint8_t* weights = (const uint8_t*)linear.weight + first * rows.padded;
-        tile_int8<Count>(weights, rows.bytes.data() + row * rows.padded, rows.padded, rows.padded / 4, found);
+        tile_int8<Count>(weights, rows.bytes.data() + row * rows.padded, rows.padded, rows.padded / 4, ahead, found);
         for (int r = 0; r < Count; ++r)
           for (int v = 0; v < kVectors; ++v) {
             Whole exact = minus(found[r][v], kWeightOffset * rows.sums[row + r]);
@@ -310,7 +333,7 @@ inline void product(const RgLinear& linear, const Rows& rows, int64_t m, Take ta
           }
       } else {
         const bf16* weights = (const bf16*)linear.weight + first * rows.padded;
-        tile_bf16<Count>(weights, rows.halves.data() + row * rows.padded, rows.padded, rows.padded / 2, values);
+        tile_bf16<Count>(weights, rows.halves.data() + row * rows.padded, rows.padded, rows.padded / 2, ahead, values);
         for (int r = 0; r < Count; ++r)
           for (int v = 0; v < kVectors; ++v) values[r][v] = values[r][v] + added[v];
       }

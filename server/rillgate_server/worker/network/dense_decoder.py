@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from rillgate_server.worker.attention.base import AttentionStep
 from rillgate_server.worker.collectives import Collectives
+from rillgate_server.worker.huge_pages import HugePages
 from rillgate_server.worker.kernels.library import Kernels, Layer, Linear, Shape
 from rillgate_server.worker.network.base import join_logits
 from rillgate_server.worker.packed_linear import MAX_SECOND_COPY_BYTES
@@ -108,9 +109,9 @@ class _Rows:
 class _PackedLinear:
     """A weight in the form that the kernels read. State: none; keeps the tensors."""
 
-    def __init__(self, rows: _Rows, kernels: Kernels) -> None:
+    def __init__(self, rows: _Rows, kernels: Kernels, memory: HugePages) -> None:
         pack = kernels.pack_bf16 if rows.scales is None else kernels.pack_int8
-        self._kept = pack(rows.weight), rows.scales, rows.bias.contiguous()
+        self._kept = pack(rows.weight, memory.take), rows.scales, rows.bias.contiguous()
         size = rows.weight.shape[0], rows.weight.shape[1]
         self.struct = Linear.of(*self._kept, size)
 
@@ -118,8 +119,14 @@ class _PackedLinear:
 class _PackedLayer:
     """One layer's weights in the form that the kernels read. State: none; keeps its tensors."""
 
-    def __init__(self, layer: Any, kernels: Kernels) -> None:  # a module of transformers
+    def __init__(
+        self,
+        layer: Any,  # a module of transformers
+        kernels: Kernels,
+        memory: HugePages,
+    ) -> None:
         self._kernels = kernels
+        self._memory = memory
         self._kept: list[Tensor | _PackedLinear] = []
         attention, mlp = layer.self_attn, layer.mlp
         qkv = _Rows.of(attention.q_proj).joined(
@@ -148,7 +155,7 @@ class _PackedLayer:
         return int(weight.data_ptr())
 
     def _linear(self, rows: _Rows) -> Linear:
-        packed = _PackedLinear(rows, self._kernels)
+        packed = _PackedLinear(rows, self._kernels, self._memory)
         self._kept.append(packed)
         return packed.struct
 
@@ -182,12 +189,13 @@ class DenseDecoder:
         self._shape = Shape(
             config.hidden_size, *self._heads, mlp.down_proj.in_features, self._epsilon
         )
+        memory = HugePages()
         self._layers: list[_PackedLayer] = []
         for i in range(len(decoder.layers)):
-            self._layers.append(_PackedLayer(decoder.layers[i], kernels))
+            self._layers.append(_PackedLayer(decoder.layers[i], kernels, memory))
             decoder.layers[i] = nn.Identity()
         decoder.layers = nn.ModuleList()
-        self._head = self._packed_head()
+        self._head = self._packed_head(memory)
 
     def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Run all layers over a packed step (Network.hidden)."""
@@ -232,7 +240,7 @@ class DenseDecoder:
         """Return the residual stream with all ranks' parts."""
         return sums if self._collectives is None else self._collectives.all_reduce(sums)
 
-    def _packed_head(self) -> "_PackedLinear | None":
+    def _packed_head(self, memory: HugePages) -> "_PackedLinear | None":
         """Pack the output head, in bf16; beside an embedding that it is tied to, a small one."""
         head: Any = self.model.get_output_embeddings()
         if isinstance(head, Int8Linear):
@@ -242,7 +250,7 @@ class DenseDecoder:
         is_large = head.weight.nbytes > MAX_SECOND_COPY_BYTES
         if self.model.dtype != torch.bfloat16 or (is_tied and is_large):
             return None
-        packed = _PackedLinear(_Rows.of(head), self._kernels)
+        packed = _PackedLinear(_Rows.of(head), self._kernels, memory)
         if not is_tied:
             head.weight = nn.Parameter(head.weight.new_empty(0), requires_grad=False)
         return packed
