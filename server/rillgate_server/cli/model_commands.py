@@ -1,4 +1,4 @@
-"""The commands `models quantize`: what is done with a checkpoint before it is served.
+"""The commands `models quantize` and `models inspect`: with a checkpoint, before it is served.
 
 Owns the flags. What runs is imported when it is chosen: it loads torch.
 """
@@ -6,6 +6,7 @@ Owns the flags. What runs is imported when it is chosen: it loads torch.
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -46,13 +47,37 @@ def add_model_commands(subparsers: Subparsers) -> None:
         help="quantise this, too; may be repeated",
     )
     quantize.set_defaults(run=_quantize)
+    inspect = commands.add_parser(
+        "inspect",
+        help="print the memory that a checkpoint takes, for each way to hold it",
+        description="Reads config.json and the headers of the weights' files, no weights.",
+    )
+    inspect.add_argument("model_dir", metavar="DIR", type=Path, help="a checkpoint's directory")
+    inspect.add_argument(
+        "--tensor-parallel",
+        metavar="K",
+        type=int,
+        default=1,
+        help="processes that the model is split over (1)",
+    )
+    inspect.set_defaults(run=_inspect)
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    module = importlib.import_module("rillgate_server.worker.quantization.command")
     quantization = Quantization(args.method, tuple(args.exclude), tuple(args.include))
+    module = importlib.import_module("rillgate_server.worker.quantization.command")
+    return _answer(lambda: module.run_quantize(args.source, args.target, quantization))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    module = importlib.import_module("rillgate_server.worker.memory_needs")
+    return _answer(lambda: module.run_inspect(args.model_dir, args.tensor_parallel))
+
+
+def _answer(run: Callable[[], int]) -> int:
+    """Run it, and say what is wrong with what was asked."""
     try:
-        code: int = module.run_quantize(args.source, args.target, quantization)
+        code = run()
     except RillgateError as error:
         print(f"rillgate: {error}", file=sys.stderr, flush=True)
         return EXIT_OPERATOR
