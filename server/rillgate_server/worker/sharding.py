@@ -196,6 +196,8 @@ def connect_embedding(model: PreTrainedModel, collectives: Collectives) -> None:
     embedding: Any = model.get_input_embeddings()
     is_plain = isinstance(embedding, nn.Embedding)  # whose num_embeddings is the config's
     num_rows = len(embedding.weight) if is_plain else embedding.num_embeddings
+    if is_plain:
+        embedding.padding_idx = None  # of training alone, and may lie in another rank's rows
     model.set_input_embeddings(VocabularyEmbedding(embedding, num_rows, collectives))
 
 
