@@ -143,16 +143,19 @@ def error_of(executor: Executes, expected: list[Reference]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "include"),
+    ("kind", "method", "include"),
     [
-        ("qwen2", ()),
-        ("deepseek_v3", ()),
-        ("qwen3", ("embeddings", "head")),
-        ("llama-tied", ("head",)),
+        ("qwen2", "int8", ()),
+        ("deepseek_v3", "int8", ()),
+        ("qwen3", "int8", ("embeddings", "head")),
+        ("llama-tied", "int8", ("head",)),
+        ("qwen2", "bnb-int8", ()),
+        ("deepseek_v3", "bnb-nf4", ()),
     ],
 )
-def test_a_split_of_int8_weights_is_as_near_the_exact_model_as_the_whole(
+def test_a_split_of_quantised_weights_is_as_near_the_exact_model_as_the_whole(
     kind: str,
+    method: str,
     include: tuple[str, ...],
     pool: RankPool,
     checkpoint: MakeCheckpoint,
@@ -161,8 +164,8 @@ def test_a_split_of_int8_weights_is_as_near_the_exact_model_as_the_whole(
     """Each rank's part of a row-wise layer has scales of its own: not equal, but no further off.
     A mixture's experts, and what is quantised on request, are split, too."""
     path, (_, expected) = checkpoint(kind), reference(kind)
-    whole = whole_worker(path, "float32", "int8", include)
-    order: dict[str, Any] = {"quantization": "int8", "include": include}
+    whole = whole_worker(path, "float32", method, include)
+    order: dict[str, Any] = {"quantization": method, "include": include}
     with split_model(pool, path, num_blocks=MANY_BLOCKS, **order) as split:
         assert 0.0 < error_of(split.executor, expected) < 1.2 * error_of(whole, expected)
 

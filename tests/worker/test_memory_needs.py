@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from rillgate_server.config.groups import QUANTIZATIONS
 from rillgate_server.core.quantization import Quantization
 from rillgate_server.errors import ConfigError
 from rillgate_server.worker.memory_needs import memory_needs, run_inspect
@@ -20,7 +21,7 @@ def test_it_is_what_loading_takes(kind: str, checkpoint: MakeCheckpoint) -> None
     """Weights within a hundredth in every way to hold them, and the cache to the byte."""
     path = checkpoint(kind)
     needs = memory_needs(path)
-    assert [it.method for it in needs.weights] == ["none", "int8"]
+    assert [it.method for it in needs.weights] == list(QUANTIZATIONS)
     for need in needs.weights:
         assert need.num_bytes <= need.peak_bytes
         for kv_dtype in ("auto", "int8"):

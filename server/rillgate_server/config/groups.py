@@ -16,7 +16,7 @@ MAX_SOCKET_PATH_BYTES = 100
 MAX_REPLICA_NAME_BYTES = 128
 """Of a replica's name."""
 SPECULATION_METHODS = ("off", "prompt-lookup", "draft-model", "auto")
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "bnb-int8", "bnb-nf4")
 ALSO_QUANTIZED = ("embeddings", "head")
 ROUTING_POLICIES = ("prefix", "least-load", "round-robin", "weighted-least-connections")
 _MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 16, 1024
@@ -139,8 +139,9 @@ class ModelConfig:
     dtype: str = "auto"
     """Of weights and computation: auto (the checkpoint's own), bfloat16 or float32."""
     quantization: str = "none"
-    """Of the layers' weights: none, or int8 (half of bfloat16's memory; the output head and the
-    embedding stay as they are). All replicas and gateways of a model must have the same."""
+    """Of the layers' weights: none, int8 (half of bfloat16's memory), or by bitsandbytes bnb-int8
+    (the same, slower) or bnb-nf4 (0.28 of it). The output head and the embedding stay as they are.
+    All replicas and gateways of a model must have the same."""
     quantization_exclude: tuple[str, ...] = ()
     """Layers that stay as they are, by patterns of their names: `*.down_proj`, `model.layers.0.*`
     (in the environment and in flags a JSON list). Each must match a layer. All replicas and
@@ -148,6 +149,10 @@ class ModelConfig:
     quantization_include: tuple[str, ...] = ()
     """What else is quantised: `embeddings`, `head` (in the environment and in flags a JSON list);
     where both are one tensor, either means both. All replicas and gateways of a model must have the
+    same."""
+    bnb_int8_threshold: float = 6.0
+    """Of bnb-int8: activations beyond it, 0 to 1000, are computed in 16 bits; 0: none is. Lower:
+    nearer to the exact weights, and slower. All replicas and gateways of a model must have the
     same."""
     max_context_tokens: int = 0
     """Prompt and answer together, 0 to 16,777,216; 0: the checkpoint's own, which is also the most.
@@ -159,6 +164,13 @@ class ModelConfig:
         _check_choice("model.quantization", self.quantization, QUANTIZATIONS)
         for name in self.quantization_include:
             _check_choice("model.quantization_include", name, ALSO_QUANTIZED)
+        if self.quantization_include and self.quantization.startswith("bnb-"):
+            raise ConfigError(
+                f"model.quantization_include is {list(self.quantization_include)}, and "
+                f"model.quantization is {self.quantization}; allowed: none of it, or "
+                "model.quantization int8"
+            )
+        _check("model.bnb_int8_threshold", self.bnb_int8_threshold, 0, 1000)
         for field_name in ("quantization_exclude", "quantization_include"):
             if getattr(self, field_name) and self.quantization == "none":
                 raise ConfigError(

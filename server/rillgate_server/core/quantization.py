@@ -20,6 +20,8 @@ from rillgate_server.core.model_spec import NO_QUANTIZATION
 from rillgate_server.errors import CheckpointError, ConfigError
 
 INT8 = "int8"
+BNB_INT8, BNB_NF4 = "bnb-int8", "bnb-nf4"
+_USUAL_THRESHOLD = 6.0
 EMBEDDINGS, HEAD = "embeddings", "head"
 """What `model.quantization_include` may name."""
 
@@ -29,26 +31,36 @@ class Quantization:
     """A method and its layers: the decoder's linear ones, the experts' among them."""
 
     method: str = NO_QUANTIZATION
-    """`none` or `int8`."""
+    """A value of `model.quantization`."""
     exclude: tuple[str, ...] = ()
     """Patterns (fnmatch, case counts) of names of layers that stay as they are."""
     include: tuple[str, ...] = ()
     """Of EMBEDDINGS and HEAD, which otherwise stay as they are."""
+    bnb_int8_threshold: float = _USUAL_THRESHOLD
+    """Activations beyond it are outliers of bnb-int8."""
     is_stored: bool = False
     """The checkpoint holds its weights so, and which layers it is for."""
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Quantization":
         """Read the settings."""
-        return cls(config.quantization, config.quantization_exclude, config.quantization_include)
+        return cls(
+            config.quantization,
+            config.quantization_exclude,
+            config.quantization_include,
+            config.bnb_int8_threshold,
+        )
 
     @property
     def version(self) -> str:
         """Name it behind a version's digest: `int8`, with other layers `int8-` and a digest."""
-        if self.method == NO_QUANTIZATION or not (self.exclude or self.include):
+        settings: tuple[object, ...] = (sorted(set(self.exclude)), sorted(set(self.include)))
+        has_threshold = self.method == BNB_INT8 and self.bnb_int8_threshold != _USUAL_THRESHOLD
+        if has_threshold:
+            settings = (*settings, self.bnb_int8_threshold)
+        if self.method == NO_QUANTIZATION or not (self.exclude or self.include or has_threshold):
             return self.method
-        lists = (sorted(set(self.exclude)), sorted(set(self.include)))
-        digest = hashlib.sha256(repr(lists).encode()).hexdigest()
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()
         return f"{self.method}-{digest[:16]}"
 
     def excludes(self, layer: str) -> bool:

@@ -237,6 +237,7 @@ def _load_worker(
         quantization=settings.model.quantization,
         quantization_exclude=settings.model.quantization_exclude,
         quantization_include=settings.model.quantization_include,
+        bnb_int8_threshold=settings.model.bnb_int8_threshold,
     )
     with loading_progress(sys.stdout, sys.stderr) as on_progress:
         worker = Worker.load(model_dir, options, on_progress, group)

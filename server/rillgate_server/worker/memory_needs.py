@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from rillgate_server.config.groups import QUANTIZATIONS
 from rillgate_server.core.checkpoint import read_model_spec, read_tensor_entries
-from rillgate_server.core.model_spec import INT8, NO_QUANTIZATION, KVLayout, ModelSpec
+from rillgate_server.core.model_spec import INT8, KVLayout, ModelSpec
 from rillgate_server.core.quantization import Quantization, resolve_quantization
 from rillgate_server.errors import ConfigError
 from rillgate_server.worker.model_loader import empty_network
@@ -19,7 +20,7 @@ from rillgate_server.worker.sharding import Sharding
 from rillgate_server.worker.weight_plan import plan_weights
 from rillgate_server.worker.worker import check_ranks, resolve_dtype
 
-METHODS = (NO_QUANTIZATION, INT8)
+METHODS = QUANTIZATIONS
 _BLOCK_SIZE_TOKENS = 16
 
 

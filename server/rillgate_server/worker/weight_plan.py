@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rillgate_server.core.checkpoint import TensorEntry
 from rillgate_server.core.model_spec import NO_QUANTIZATION
-from rillgate_server.core.quantization import EMBEDDINGS, HEAD, Quantization
+from rillgate_server.core.quantization import BNB_NF4, EMBEDDINGS, HEAD, INT8, Quantization
 from rillgate_server.errors import ConfigError
 from rillgate_server.worker.sharding import Sharding, TensorSplit
 
@@ -38,6 +38,15 @@ class Form(Enum):
 SCALES_SUFFIX = ".weight_scale"
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj")
 _SCALE_BYTES = 4  # float32
+_NF4_BLOCK = 64  # weights that share a scale
+
+
+def quantised_bytes(method: str, shape: tuple[int, ...]) -> int:
+    """Return what a weight [out_features, in_features] takes with its scales."""
+    num_weights = math.prod(shape)
+    if method == BNB_NF4:
+        return -(-num_weights // 2) + _SCALE_BYTES * -(-num_weights // _NF4_BLOCK)
+    return num_weights + _SCALE_BYTES * shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,8 @@ class PlannedTensor:
     """In which it is held, or handed to be quantised."""
     split: TensorSplit | None
     form: Form = Form.PLAIN
+    method: str = INT8
+    """Of what is quantised."""
 
     @property
     def own_shape(self) -> tuple[int, ...]:
@@ -63,7 +74,7 @@ class PlannedTensor:
         if self.form is Form.PLAIN:
             return math.prod(shape) * self.dtype.itemsize
         # A layer's scales are counted with its weight.
-        return 0 if self.form is Form.SCALES else math.prod(shape) + _SCALE_BYTES * shape[0]
+        return 0 if self.form is Form.SCALES else quantised_bytes(self.method, shape)
 
     @property
     def staged_bytes(self) -> int:
@@ -119,7 +130,8 @@ def plan_weights(
 
     def add_layer(name: str, shape: tuple[int, ...], split: TensorSplit | None) -> None:
         if not quantization.is_stored:
-            tensors[f"{name}.weight"] = PlannedTensor(shape, dtype, split, form)
+            weight = PlannedTensor(shape, dtype, split, form, quantization.method)
+            tensors[f"{name}.weight"] = weight
             return
         tensors[f"{name}.weight"] = PlannedTensor(shape, torch.int8, split, form)
         of_rows = split if split is not None and split.dim == 0 else None

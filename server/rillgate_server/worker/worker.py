@@ -6,9 +6,7 @@ Owns the choice of types and threads. Does not know requests; sees block numbers
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -35,7 +33,8 @@ from rillgate_server.worker.network.transformers_network import (
     layer_cache_shapes,
 )
 from rillgate_server.worker.packed_linear import pack_linear_layers
-from rillgate_server.worker.quantization.int8 import Int8Linear, pack_int8_layers
+from rillgate_server.worker.quantization.int8 import pack_int8_layers
+from rillgate_server.worker.quantization.methods import layer_makers
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.sharding import (
     Sharding,
@@ -44,9 +43,6 @@ from rillgate_server.worker.sharding import (
     connect_layers,
 )
 from rillgate_server.worker.weight_bytes import WeightBytes, measure_weights
-
-if TYPE_CHECKING:
-    from rillgate_server.worker.quantization.int8_triton import TritonInt8Linear
 
 _log = logging.getLogger(__name__)
 
@@ -71,16 +67,23 @@ class WorkerOptions:
     device: torch.device = CPU
     """Where the network computes and its cache is."""
     quantization: str = NO_QUANTIZATION
-    """Of the decoder's linear layers: `none` or `int8` (worker.quantization)."""
+    """Of the decoder's linear layers: a value of model.quantization."""
     quantization_exclude: tuple[str, ...] = ()
     """Patterns of the names of layers that stay as they are."""
     quantization_include: tuple[str, ...] = ()
     """What is quantised beside them: `embeddings`, `head`."""
+    bnb_int8_threshold: float = 6.0
+    """Activations beyond it are outliers of bnb-int8."""
 
     @property
     def weights(self) -> Quantization:
         """How they are held."""
-        return Quantization(self.quantization, self.quantization_exclude, self.quantization_include)
+        return Quantization(
+            self.quantization,
+            self.quantization_exclude,
+            self.quantization_include,
+            self.bnb_int8_threshold,
+        )
 
 
 class Worker:
@@ -131,7 +134,11 @@ class Worker:
         dtype = resolve_dtype(options.dtype, spec.dtype)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        store = _weight_store(options, weights)
+        kernels = load_kernels() if options.device == CPU else None
+        store = WeightStore(options.device, free_bytes(options.device))
+        if weights.method != NO_QUANTIZATION:
+            quantize, restore = layer_makers(weights, options.device, kernels)
+            store = replace(store, quantize=quantize, restore=restore, quantization=weights)
         sharding, collectives, ranks = None, None, 1
         if group is not None:
             collectives, ranks = group.collectives, group.place.ranks
@@ -142,7 +149,6 @@ class Worker:
         weight_bytes = measure_weights(model)
         if collectives is not None:
             connect_embedding(model, collectives)
-        kernels = load_kernels() if options.device == CPU else None
         network: Network
         if kernels is not None and can_compute(model):
             network = DenseDecoder(model, kernels, collectives)
@@ -216,37 +222,6 @@ class Worker:
         if self._runner is None:
             raise EngineFailure("execute was called before allocate_cache")
         return self._runner.execute(plan)
-
-
-def _weight_store(options: WorkerOptions, weights: Quantization) -> WeightStore:
-    """Say where weights go; raises ConfigError for what the device cannot compute."""
-    store = WeightStore(options.device, free_bytes(options.device))
-    if weights.method == NO_QUANTIZATION:
-        return store
-    if options.device != CPU:
-        layer = _int8_on_gpu(options.device)
-        return replace(store, quantize=layer, restore=layer, quantization=weights)
-    kernels = load_kernels()
-    return replace(
-        store,
-        quantize=lambda weight: Int8Linear(weight, kernels),
-        restore=lambda weight, scales: Int8Linear(weight, kernels, scales),
-        quantization=weights,
-    )
-
-
-def _int8_on_gpu(device: torch.device) -> "type[TritonInt8Linear]":
-    """Return the layers' class there; raises ConfigError without Triton."""
-    try:
-        # Builds of torch for CPUs come without Triton.
-        module = import_module("rillgate_server.worker.quantization.int8_triton")
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"model.quantization is int8 on {device}, which needs Triton "
-            f"({error}); allowed without: none"
-        ) from error
-    layer: type[TritonInt8Linear] = module.TritonInt8Linear
-    return layer
 
 
 def check_ranks(model_dir: Path, ranks: int) -> None:

@@ -1,0 +1,85 @@
+"""bitsandbytes' layers: LLM.int8() (Dettmers et al., 2022) and NF4 (QLoRA, Dettmers et al., 2023).
+
+Its functions compute; here are the modules around them. LLM.int8() takes the columns in which any
+row of the step has an outlier out of the integer product, so a neighbour may change a token of
+another request. NF4 holds weights in four bits, with a scale per 64 of them, and computes in the
+activations' type.
+
+Imported only where a setting asks for it: bitsandbytes is an extra.
+"""
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional
+from torch import Tensor, nn
+
+NF4_BLOCK = 64
+"""Weights that share a scale, counted along the rows."""
+
+
+class BnbInt8Linear(nn.Module):
+    """`nn.Linear` by LLM.int8(). State: none."""
+
+    def __init__(self, weight: Tensor, threshold: float) -> None:
+        """Quantise `weight`, which is not kept; activations over `threshold` are outliers."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.scales, _ = functional.int8_vectorwise_quant(weight.half())
+        """[out_features, in_features], int8, and [out_features], float32: its largest element."""
+        self._threshold = threshold
+        self.bias: nn.Parameter | None = None
+        """[out_features], float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b. x: [..., in_features]; the result in x's type."""
+        state = bnb.MatmulLtState()
+        state.CB, state.SCB, state.threshold = self.weight, self.scales, self._threshold
+        state.has_fp16_weights = state.is_training = False
+        rows = x.flatten(0, -2).half()  # what it computes in
+        y: Tensor = bnb.matmul(rows, self.weight, state=state).float()
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        """Show the shape, as nn.Linear does."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bnb-int8"
+
+
+class BnbNf4Linear(nn.Module):
+    """`nn.Linear` with its weight in NF4. State: none."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """Quantise `weight`, which is not kept."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight, self._state = functional.quantize_4bit(
+            weight, blocksize=NF4_BLOCK, quant_type="nf4"
+        )
+        """[out_features * in_features / 2, 1], uint8: two weights each."""
+        self.scales: Tensor = self._state.absmax
+        """[out_features * in_features / NF4_BLOCK], float32."""
+        self.bias: nn.Parameter | None = None
+        """[out_features], float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b. x: [..., in_features]; the result in x's type."""
+        rows = x.flatten(0, -2)
+        y: Tensor = bnb.matmul_4bit(rows, self.weight.t(), quant_state=self._state)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def plain_weight(self) -> Tensor:
+        """Return the weight as it is computed with. [out_features, in_features]."""
+        weight: Tensor = functional.dequantize_4bit(self.weight, self._state)
+        return weight
+
+    def extra_repr(self) -> str:
+        """Show the shape, as nn.Linear does."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bnb-nf4"
+
+
+def supports(device: torch.device) -> bool:
+    """Whether bitsandbytes says that it has kernels for a kind of device."""
+    return device.type in bnb.supported_torch_devices
