@@ -130,6 +130,7 @@ def test_an_int8_model_is_another_version(checkpoint: MakeCheckpoint) -> None:
     spec = read_model_spec(checkpoint("llama"))
     other = spec.with_quantization("int8")
     assert other.version_digest == f"{spec.version_digest}-int8"
+    assert (spec.quantization, other.quantization) == ("none", "int8")
     assert spec.with_quantization("none") == spec
 
 

@@ -160,12 +160,15 @@ class ModelSpec:
     """The model's own ends of sequence."""
     dtype: str
     """Of the weights and of the computation."""
+    quantization: str = NO_QUANTIZATION
+    """How the layers' weights are held: a core.quantization.Quantization.version."""
 
     def with_quantization(self, name: str) -> "ModelSpec":
         """Return it as another version where the weights are quantised: it gives other tokens."""
         if name == NO_QUANTIZATION:
             return self
-        return replace(self, version_digest=f"{self.version_digest}-{name}")
+        digest = f"{self.version_digest}-{name}"
+        return replace(self, version_digest=digest, quantization=name)
 
     def with_context_of(self, max_context_tokens: int) -> "ModelSpec":
         """Return it with a shorter context, 0: with its own; raises ConfigError for a longer."""

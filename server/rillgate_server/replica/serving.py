@@ -15,7 +15,7 @@ from collections.abc import Callable
 from rillgate_server.config.settings import Settings
 from rillgate_server.core.block_hash import HASH_SCHEME
 from rillgate_server.core.clock import SystemClock
-from rillgate_server.core.model_spec import CacheSizes, ModelSpec
+from rillgate_server.core.model_spec import NO_QUANTIZATION, CacheSizes, ModelSpec
 from rillgate_server.core.welcome import Welcome
 from rillgate_server.engine.engine import Engine
 from rillgate_server.engine.engine_loop import EngineLoop
@@ -78,7 +78,8 @@ async def _serve(
     await doors.open()
     if doors.tcp_address:
         print(f"{LISTENING} {doors.tcp_address}", flush=True)
-    print(f"{READY} {spec.name} ({spec.architecture}, {spec.dtype})", flush=True)
+    weights = "" if spec.quantization == NO_QUANTIZATION else f", weights in {spec.quantization}"
+    print(f"{READY} {spec.name} ({spec.architecture}, {spec.dtype}{weights})", flush=True)
     try:
         await ended.wait()
         if ended.is_fatal:
