@@ -18,7 +18,8 @@ from typing import TypeAlias
 
 from rillgate_server.cli.model_commands import add_model_commands
 from rillgate_server.cli.model_source import resolve_model
-from rillgate_server.config.groups import QUANTIZATIONS, ROUTING_POLICIES
+from rillgate_server.cli.quantization_setting import settle_quantization
+from rillgate_server.config.groups import AUTO_QUANTIZATION, QUANTIZATIONS, ROUTING_POLICIES
 from rillgate_server.config.settings import Settings, load_settings
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.errors import ConfigError, RillgateError
@@ -47,6 +48,7 @@ class _Command:
         """Read the settings, find the model, run."""
         try:
             settings, model_dir = _prepare(args)
+            settings = settle_quantization(settings, model_dir)
             if self.needs_addresses and not settings.gateway.replica_addresses:
                 raise ConfigError(
                     "gateway.replica_addresses is empty; allowed: at least one "
@@ -289,7 +291,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="of weights and computation (auto: the checkpoint's own)",
     )
     parser.add_argument(
-        "--quantization", choices=QUANTIZATIONS, help="of the layers' weights (none)"
+        "--quantization",
+        choices=(*QUANTIZATIONS, AUTO_QUANTIZATION),
+        help="of the layers' weights (none)",
     )
 
 

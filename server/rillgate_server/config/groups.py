@@ -17,6 +17,7 @@ MAX_REPLICA_NAME_BYTES = 128
 """Of a replica's name."""
 SPECULATION_METHODS = ("off", "prompt-lookup", "draft-model", "auto")
 QUANTIZATIONS = ("none", "int8", "bnb-int8", "bnb-nf4")
+AUTO_QUANTIZATION = "auto"
 ALSO_QUANTIZED = ("embeddings", "head")
 ROUTING_POLICIES = ("prefix", "least-load", "round-robin", "weighted-least-connections")
 _MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 16, 1024
@@ -139,9 +140,9 @@ class ModelConfig:
     dtype: str = "auto"
     """Of weights and computation: auto (the checkpoint's own), bfloat16 or float32."""
     quantization: str = "none"
-    """Of the layers' weights: none, int8 (half of bfloat16's memory), or by bitsandbytes bnb-int8
-    (the same, slower) or bnb-nf4 (0.28 of it). The output head and the embedding stay as they are.
-    All replicas and gateways of a model must have the same."""
+    """Of the layers' weights: none, int8 (half of bfloat16's memory), by bitsandbytes bnb-int8 (the
+    same, slower) or bnb-nf4 (0.28 of it), or auto (none or int8, what is faster here, measured once
+    for machine and model). All replicas and gateways of a model must have the same."""
     quantization_exclude: tuple[str, ...] = ()
     """Layers that stay as they are, by patterns of their names: `*.down_proj`, `model.layers.0.*`
     (in the environment and in flags a JSON list). Each must match a layer. All replicas and
@@ -161,7 +162,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
         _check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
-        _check_choice("model.quantization", self.quantization, QUANTIZATIONS)
+        _check_choice("model.quantization", self.quantization, (*QUANTIZATIONS, AUTO_QUANTIZATION))
         for name in self.quantization_include:
             _check_choice("model.quantization_include", name, ALSO_QUANTIZED)
         if self.quantization_include and self.quantization.startswith("bnb-"):
@@ -172,10 +173,10 @@ class ModelConfig:
             )
         _check("model.bnb_int8_threshold", self.bnb_int8_threshold, 0, 1000)
         for field_name in ("quantization_exclude", "quantization_include"):
-            if getattr(self, field_name) and self.quantization == "none":
+            if getattr(self, field_name) and self.quantization in ("none", AUTO_QUANTIZATION):
                 raise ConfigError(
                     f"model.{field_name} is {list(getattr(self, field_name))}, and "
-                    "model.quantization is none; allowed: none of it, or another "
+                    f"model.quantization is {self.quantization}; allowed: none of it, or another "
                     f"model.quantization ({', '.join(QUANTIZATIONS[1:])})"
                 )
         _check("model.max_context_tokens", self.max_context_tokens, 0, 1 << 24)

@@ -91,10 +91,10 @@ class _Assembly:
                 tensor = torch.empty(shape, dtype=planned.dtype, device=device)
             self.targets[name] = Target(planned.shape, tensor, planned.split)
 
-    def take_filled(self, name: str) -> None:
-        """Take a target that has all that files have for it."""
+    def take_filled(self, name: str, is_whole: bool = False) -> None:
+        """Take a target that has all that files have for it; `is_whole`: no padding is missing."""
         target = self.targets[name]
-        if target.num_elements < target.own.numel():
+        if not is_whole and target.num_elements < target.own.numel():
             assert target.split is not None
             target.own[target.split.last - target.split.first :].zero_()
         layer, form = name.removesuffix(".weight"), self._plan.tensors[name].form
@@ -188,6 +188,21 @@ def load_network(
     return model.eval()
 
 
+def random_network(
+    model_dir: Path, dtype: torch.dtype, num_layers: int, store: WeightStore
+) -> PreTrainedModel:
+    """Build a network of a checkpoint's shape with fewer layers and random weights, to measure."""
+    model = empty_network(model_dir, dtype, num_layers)
+    assembly = _Assembly(model, plan_weights(model, dtype, store.quantization, None, {}), store)
+    assembly.reserve(str(model_dir))
+    for name, target in assembly.targets.items():
+        if target.own.is_floating_point():
+            target.own.normal_(0.0, 0.02)
+        assembly.take_filled(name, is_whole=True)
+    assembly.finish(None)
+    return model.eval()
+
+
 def load_config(model_dir: Path) -> PreTrainedConfig:
     """Read config.json as transformers understands it; refuse what we would compute wrongly."""
     read_config(model_dir)  # says more precisely what is wrong with the file
@@ -205,9 +220,13 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
     return config
 
 
-def empty_network(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the modules without memory for weights."""
+def empty_network(
+    model_dir: Path, dtype: torch.dtype, max_layers: int | None = None
+) -> PreTrainedModel:
+    """Build the modules without memory for weights; of at most `max_layers` layers."""
     config = load_config(model_dir)
+    if max_layers is not None:
+        config.num_hidden_layers = min(max_layers, config.num_hidden_layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
@@ -18,9 +19,10 @@ from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
 from rillgate_server.worker.allocator import keep_freed_memory, return_freed_memory
 from rillgate_server.worker.attention.choice import make_attention
+from rillgate_server.worker.collectives import Collectives
 from rillgate_server.worker.compute_device import CPU, free_bytes
 from rillgate_server.worker.draft_model import DraftModel, DraftSize, check_draft_model
-from rillgate_server.worker.kernels.library import load_kernels
+from rillgate_server.worker.kernels.library import Kernels, load_kernels
 from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import BlockCopier, KVTransfer
@@ -149,15 +151,8 @@ class Worker:
         weight_bytes = measure_weights(model)
         if collectives is not None:
             connect_embedding(model, collectives)
-        network: Network
-        if kernels is not None and can_compute(model):
-            network = DenseDecoder(model, kernels, collectives)
-        else:
-            pack_linear_layers(model)
-            pack_int8_layers(model)
-            if sharding is not None and collectives is not None:
-                connect_layers(model, sharding, collectives)
-            network = TransformersNetwork(model, collectives)
+        split = None if sharding is None or collectives is None else (sharding, collectives)
+        network = choose_network(model, kernels, split)
         keep_freed_memory()
         shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
@@ -222,6 +217,22 @@ class Worker:
         if self._runner is None:
             raise EngineFailure("execute was called before allocate_cache")
         return self._runner.execute(plan)
+
+
+def choose_network(
+    model: PreTrainedModel,
+    kernels: Kernels | None,
+    split: tuple[Sharding, Collectives] | None = None,
+) -> Network:
+    """Take the C++ layers for a filled model where they are there and can, transformers' else."""
+    collectives = None if split is None else split[1]
+    if kernels is not None and can_compute(model):
+        return DenseDecoder(model, kernels, collectives)
+    pack_linear_layers(model)
+    pack_int8_layers(model)
+    if split is not None:
+        connect_layers(model, *split)
+    return TransformersNetwork(model, collectives)
 
 
 def check_ranks(model_dir: Path, ranks: int) -> None:
