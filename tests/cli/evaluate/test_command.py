@@ -100,8 +100,11 @@ def test_int8_layers_take_half_of_their_bf16_bytes(rows: dict[str, dict[str, Any
     assert exact["model_bytes"] == pytest.approx(checkpoint, rel=0.01)
 
 
-def test_a_split_model_scores_the_same() -> None:
+def test_a_split_model_scores_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over two processes; the text's likelihood moves by rounding alone."""
+    # Joining a group chooses it for the process and its children, which here are later tests'.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     model_dir = bundled_model_dir()
     overrides = {"model": {"path": str(model_dir), "max_context_tokens": "512"}}
     whole = load_settings(None, overrides | {"replica": {"num_threads": "1"}})
