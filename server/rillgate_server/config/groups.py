@@ -6,6 +6,7 @@ come from (TOML, environment, flags) is config.settings' business.
 
 from dataclasses import dataclass, field
 
+from rillgate_server.config.checks import check, check_address, check_choice, check_secret
 from rillgate_server.config.memory_size import parse_memory_size
 from rillgate_server.errors import ConfigError
 
@@ -20,7 +21,6 @@ QUANTIZATIONS = ("none", "int8", "bnb-int8", "bnb-nf4")
 AUTO_QUANTIZATION = "auto"
 ALSO_QUANTIZED = ("embeddings", "head")
 ROUTING_POLICIES = ("prefix", "least-load", "round-robin", "weighted-least-connections")
-_MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 16, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class BatcherConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
-        _check("batcher.max_step_tokens", self.max_step_tokens, 1, 1 << 20)
-        _check("batcher.max_prefill_chunk_tokens", self.max_prefill_chunk_tokens, 1, 1 << 20)
-        _check("batcher.max_running", self.max_running, 1, 4096)
-        _check("batcher.max_waiting_requests", self.max_waiting_requests, 1, 1 << 20)
-        _check("batcher.max_waiting_tokens", self.max_waiting_tokens, 1, 1 << 40)
-        _check("batcher.max_queue_delay_ms", self.max_queue_delay_ms, 0, 10_000)
-        _check("batcher.preferred_batch_size", self.preferred_batch_size, 1, 4096)
-        _check("batcher.aging_s", self.aging_s, 0.1, 86_400)
+        check("batcher.max_step_tokens", self.max_step_tokens, 1, 1 << 20)
+        check("batcher.max_prefill_chunk_tokens", self.max_prefill_chunk_tokens, 1, 1 << 20)
+        check("batcher.max_running", self.max_running, 1, 4096)
+        check("batcher.max_waiting_requests", self.max_waiting_requests, 1, 1 << 20)
+        check("batcher.max_waiting_tokens", self.max_waiting_tokens, 1, 1 << 40)
+        check("batcher.max_queue_delay_ms", self.max_queue_delay_ms, 0, 10_000)
+        check("batcher.preferred_batch_size", self.preferred_batch_size, 1, 4096)
+        check("batcher.aging_s", self.aging_s, 0.1, 86_400)
         if self.max_step_tokens < self.max_running:
             raise ConfigError(
                 f"batcher.max_step_tokens is {self.max_step_tokens}; allowed: at least "
@@ -80,8 +80,8 @@ class SpeculationConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
-        _check_choice("speculation.method", self.method, SPECULATION_METHODS)
-        _check("speculation.max_draft_tokens", self.max_draft_tokens, 1, 32)
+        check_choice("speculation.method", self.method, SPECULATION_METHODS)
+        check("speculation.max_draft_tokens", self.max_draft_tokens, 1, 32)
         if self.method == "draft-model" and not self.draft_model:
             raise ConfigError(
                 "speculation.method is 'draft-model' without speculation.draft_model; allowed: a "
@@ -124,9 +124,9 @@ class CacheConfig:
         """Raise ConfigError for a value out of its range."""
         parse_memory_size("cache.device_memory", self.device_memory, may_be_zero=False)
         parse_memory_size("cache.host_memory", self.host_memory, may_be_zero=True)
-        _check("cache.block_size_tokens", self.block_size_tokens, 1, 256)
-        _check_choice("cache.kv_dtype", self.kv_dtype, ("auto", "int8"))
-        _check_choice("cache.load_policy", self.load_policy, ("auto", "load", "recompute"))
+        check("cache.block_size_tokens", self.block_size_tokens, 1, 256)
+        check_choice("cache.kv_dtype", self.kv_dtype, ("auto", "int8"))
+        check_choice("cache.load_policy", self.load_policy, ("auto", "load", "recompute"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,17 +161,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
-        _check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
-        _check_choice("model.quantization", self.quantization, (*QUANTIZATIONS, AUTO_QUANTIZATION))
+        check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        check_choice("model.quantization", self.quantization, (*QUANTIZATIONS, AUTO_QUANTIZATION))
         for name in self.quantization_include:
-            _check_choice("model.quantization_include", name, ALSO_QUANTIZED)
+            check_choice("model.quantization_include", name, ALSO_QUANTIZED)
         if self.quantization_include and self.quantization.startswith("bnb-"):
             raise ConfigError(
                 f"model.quantization_include is {list(self.quantization_include)}, and "
                 f"model.quantization is {self.quantization}; allowed: none of it, or "
                 "model.quantization int8"
             )
-        _check("model.bnb_int8_threshold", self.bnb_int8_threshold, 0, 1000)
+        check("model.bnb_int8_threshold", self.bnb_int8_threshold, 0, 1000)
         for field_name in ("quantization_exclude", "quantization_include"):
             if getattr(self, field_name) and self.quantization in ("none", AUTO_QUANTIZATION):
                 raise ConfigError(
@@ -179,7 +179,7 @@ class ModelConfig:
                     f"model.quantization is {self.quantization}; allowed: none of it, or another "
                     f"model.quantization ({', '.join(QUANTIZATIONS[1:])})"
                 )
-        _check("model.max_context_tokens", self.max_context_tokens, 0, 1 << 24)
+        check("model.max_context_tokens", self.max_context_tokens, 0, 1 << 24)
         if len(self.name.encode()) > MAX_MODEL_NAME_BYTES or "@" in self.name:
             raise ConfigError(
                 f"model.name is {self.name[:100]!r}; allowed: at most {MAX_MODEL_NAME_BYTES} "
@@ -217,20 +217,25 @@ class GatewayConfig:
     routing_policy: str = "prefix"
     """Who gets a request: prefix (the longest cached beginning, then the least load), least-load,
     round-robin, or weighted-least-connections."""
+    max_frame_s: float = 0.1
+    """Longest time for which a stream's tokens gather into one message while many streams are open,
+    0 to 10 s; 0: a message per step. The first token leaves at once. Higher: less processor time
+    per token, coarser streams."""
     failover_wait_s: float = 30.0
     """Time that a stream whose replica was lost waits for another one, 0 to 86,400 s. Higher:
     longer pauses instead of errors."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
-        _check_address("gateway.listen", self.listen)
-        _check("gateway.max_message_bytes", self.max_message_bytes, 1 << 10, 1 << 30)
-        _check("gateway.keepalive_s", self.keepalive_s, 0.1, 7200)
-        _check("gateway.keepalive_timeout_s", self.keepalive_timeout_s, 0.1, 600)
-        _check("gateway.drain_grace_s", self.drain_grace_s, 0, 86400)
-        _check_choice("gateway.routing_policy", self.routing_policy, ROUTING_POLICIES)
-        _check("gateway.failover_wait_s", self.failover_wait_s, 0, 86_400)
-        _check_secret("gateway.cluster_secret", self.cluster_secret)
+        check_address("gateway.listen", self.listen)
+        check("gateway.max_message_bytes", self.max_message_bytes, 1 << 10, 1 << 30)
+        check("gateway.keepalive_s", self.keepalive_s, 0.1, 7200)
+        check("gateway.keepalive_timeout_s", self.keepalive_timeout_s, 0.1, 600)
+        check("gateway.drain_grace_s", self.drain_grace_s, 0, 86400)
+        check_choice("gateway.routing_policy", self.routing_policy, ROUTING_POLICIES)
+        check("gateway.max_frame_s", self.max_frame_s, 0, 10)
+        check("gateway.failover_wait_s", self.failover_wait_s, 0, 86_400)
+        check_secret("gateway.cluster_secret", self.cluster_secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,16 +284,16 @@ class ReplicaConfig:
                 f"replica.name has {len(self.name.encode())} bytes; allowed: at most "
                 f"{MAX_REPLICA_NAME_BYTES}"
             )
-        _check("replica.num_threads", self.num_threads, 0, 1024)
-        _check("replica.max_memory_bytes", self.max_memory_bytes, 0, 1 << 50)
-        _check("replica.drain_grace_s", self.drain_grace_s, 0, 86400)
-        _check("replica.tensor_parallel_size", self.tensor_parallel_size, 1, 256)
-        _check("replica.rank", self.rank, 0, self.tensor_parallel_size - 1)
-        _check("replica.min_step_ms", self.min_step_ms, 0, 60_000)
+        check("replica.num_threads", self.num_threads, 0, 1024)
+        check("replica.max_memory_bytes", self.max_memory_bytes, 0, 1 << 50)
+        check("replica.drain_grace_s", self.drain_grace_s, 0, 86400)
+        check("replica.tensor_parallel_size", self.tensor_parallel_size, 1, 256)
+        check("replica.rank", self.rank, 0, self.tensor_parallel_size - 1)
+        check("replica.min_step_ms", self.min_step_ms, 0, 60_000)
         if self.listen:
-            _check_address("replica.listen", self.listen)
+            check_address("replica.listen", self.listen)
         if self.rendezvous:
-            _check_address("replica.rendezvous", self.rendezvous)
+            check_address("replica.rendezvous", self.rendezvous)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +320,7 @@ class LinkConfig:
             raise ConfigError(
                 "link.tls_certificate, link.tls_key and link.tls_authority must be given together"
             )
-        _check_secret("link.token", self.token)
+        check_secret("link.token", self.token)
 
     @property
     def has_tls(self) -> bool:
@@ -346,9 +351,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
-        _check("serve.num_replicas", self.num_replicas, 0, 256)
-        _check_choice("serve.cluster", self.cluster, ("local", "ray"))
-        _check("serve.ray_lease_s", self.ray_lease_s, 1, 3600)
+        check("serve.num_replicas", self.num_replicas, 0, 256)
+        check_choice("serve.cluster", self.cluster, ("local", "ray"))
+        check("serve.ray_lease_s", self.ray_lease_s, 1, 3600)
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,37 +365,4 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
-        _check_choice("log.level", self.level, ("debug", "info", "warning", "error"))
-
-
-def _check(field: str, value: float, lowest: float, highest: float) -> None:
-    # Also refuses NaN, which no comparison holds for.
-    if not lowest <= value <= highest:
-        raise ConfigError(f"{field} is {value}; allowed: {lowest} to {highest}")
-
-
-def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
-
-
-def _check_address(field: str, value: str) -> None:
-    host, colon, port = value.rpartition(":")
-    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise ConfigError(f"{field} is {value!r}; allowed: HOST:PORT with a port of 0 to 65535")
-
-
-def _check_secret(field: str, value: str) -> None:
-    """Raise ConfigError that never shows the secret."""
-    try:
-        num_bytes = len(value.encode())
-    except UnicodeEncodeError:  # its text would show what it could not encode
-        raise ConfigError(
-            f"{field} is no UTF-8 text; allowed: none, or "
-            f"{_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes of it"
-        ) from None
-    if num_bytes and not _MIN_SECRET_BYTES <= num_bytes <= _MAX_SECRET_BYTES:
-        raise ConfigError(
-            f"{field} has {num_bytes} bytes; allowed: none, or "
-            f"{_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES}"
-        )
+        check_choice("log.level", self.level, ("debug", "info", "warning", "error"))

@@ -9,6 +9,7 @@ activations per token at run time. Whether a layer is, its weight's type says, n
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -138,8 +139,10 @@ def _stored_quantization(model_dir: Path, found: Any) -> Quantization | None:  #
         )
 
     method = found.get("quant_method") if isinstance(found, dict) else found
+    if method == "bitsandbytes":
+        return _stored_by_bitsandbytes(found, refuse)
     if method != "compressed-tensors":
-        raise refuse("quant_method", method, "compressed-tensors in 8-bit integers")
+        raise refuse("quant_method", method, "compressed-tensors in 8-bit integers, bitsandbytes")
     if found.get("format") not in ("int-quantized", "naive-quantized"):
         raise refuse("format", found.get("format"), "int-quantized")
     if found.get("kv_cache_scheme"):
@@ -155,3 +158,21 @@ def _stored_quantization(model_dir: Path, found: Any) -> Quantization | None:  #
                 if its != value:
                     raise refuse(f"config_groups.{name}.{part}.{key}", its, repr(value))
     return Quantization(INT8, is_stored=True)
+
+
+def _stored_by_bitsandbytes(
+    found: dict[str, Any],  # JSON
+    refuse: Callable[[str, object, str], CheckpointError],
+) -> Quantization:
+    """Read what transformers' BitsAndBytesConfig has written."""
+    if found.get("load_in_8bit"):
+        threshold = float(found.get("llm_int8_threshold", _USUAL_THRESHOLD))
+        return Quantization(BNB_INT8, bnb_int8_threshold=threshold, is_stored=True)
+    for key, needed in (
+        ("load_in_4bit", True),
+        ("bnb_4bit_quant_type", "nf4"),
+        ("bnb_4bit_quant_storage", "uint8"),
+    ):
+        if found.get(key, "uint8" if key.endswith("storage") else None) != needed:
+            raise refuse(f"bitsandbytes' {key}", found.get(key), repr(needed))
+    return Quantization(BNB_NF4, is_stored=True)

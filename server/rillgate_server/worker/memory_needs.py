@@ -17,7 +17,7 @@ from rillgate_server.errors import ConfigError
 from rillgate_server.worker.model_loader import empty_network
 from rillgate_server.worker.network.transformers_network import layer_cache_shapes
 from rillgate_server.worker.sharding import Sharding
-from rillgate_server.worker.weight_plan import plan_weights
+from rillgate_server.worker.weight_plan import plan_weights, stored_layers
 from rillgate_server.worker.worker import check_ranks, resolve_dtype
 
 METHODS = QUANTIZATIONS
@@ -68,7 +68,7 @@ def memory_needs(model_dir: Path, ranks: int = 1) -> MemoryNeeds:
     ways = [stored] if stored.is_stored else [Quantization(method) for method in METHODS]
     weights = []
     for way in ways:
-        plan = plan_weights(model, dtype, way, sharding, entries)
+        plan = plan_weights(model, dtype, way, sharding, stored_layers(entries))
         peak_bytes = plan.num_bytes + plan.staged_bytes
         weights.append(WeightNeed(way.method, way.is_stored, plan.num_bytes, peak_bytes))
     shapes = layer_cache_shapes(model.config, ranks)

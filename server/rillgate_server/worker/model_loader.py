@@ -11,13 +11,14 @@ nothing else.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from rillgate_server.core.checkpoint import read_config, read_tensor_entries
+from rillgate_server.core.checkpoint import TensorEntry, read_config, read_tensor_entries
 from rillgate_server.core.quantization import AS_THEY_ARE, Quantization, resolve_quantization
 from rillgate_server.errors import CheckpointError, OutOfMemory
 from rillgate_server.worker.compute_device import CPU
@@ -26,7 +27,7 @@ from rillgate_server.worker.network.transformers_network import ATTENTION_NAME, 
 from rillgate_server.worker.quantization.embedding import Int8Embedding
 from rillgate_server.worker.quantization.experts import QuantizedExperts
 from rillgate_server.worker.quantization.int8 import Int8Linear
-from rillgate_server.worker.sharding import Sharding
+from rillgate_server.worker.sharding import Sharding, TensorSplit
 from rillgate_server.worker.weight_places import Progress, Target, fill_places, place_all
 from rillgate_server.worker.weight_plan import (
     EXPERT_LAYERS,
@@ -35,6 +36,7 @@ from rillgate_server.worker.weight_plan import (
     WeightPlan,
     embedding_name,
     plan_weights,
+    stored_layers,
 )
 
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -48,6 +50,25 @@ RestoreLinear = Callable[[Tensor, Tensor], nn.Module]
 """From a weight in INT8 and its scales, [out_features], float32, neither of which is kept."""
 
 
+class StoredWeights(Protocol):
+    """A checkpoint's weights that stand for plain ones."""
+
+    def plain_entries(self) -> dict[str, TensorEntry]:
+        """Return the files' tensors as if these were plain."""
+        ...
+
+    def read(self, name: str) -> Tensor | None:
+        """Return what one stands for, float32; None: it is none of these."""
+        ...
+
+    def check_split(self, name: str, split: TensorSplit | None) -> None:
+        """Raise CheckpointError for a split that it cannot have."""
+        ...
+
+
+OpenStored = Callable[[Path, dict[str, TensorEntry]], StoredWeights]
+
+
 @dataclass(frozen=True, slots=True)
 class WeightStore:
     """Where weights go, and how they are held there."""
@@ -58,7 +79,9 @@ class WeightStore:
     quantize: QuantizeLinear | None = None
     """Makes the layers that `quantization` is for; None: all stay as they are."""
     restore: RestoreLinear | None = None
-    """The same from weights that files hold quantised."""
+    """The same from weights that files hold in INT8."""
+    open_stored: OpenStored | None = None
+    """Reads what files hold quantised in other ways."""
     quantization: Quantization = AS_THEY_ARE
 
 
@@ -178,12 +201,18 @@ def load_network(
     entries = read_tensor_entries(model_dir)
     model = empty_network(model_dir, dtype)
     store = store or WeightStore(CPU, available_bytes())
-    plan = plan_weights(model, dtype, store.quantization, sharding, entries)
+    plan = plan_weights(model, dtype, store.quantization, sharding, stored_layers(entries))
+    stored = store.open_stored(model_dir, entries) if store.open_stored is not None else None
+    if stored is not None:
+        entries = stored.plain_entries()
+        for name, planned in plan.tensors.items():
+            stored.check_split(name, planned.split)
     assembly = _Assembly(model, plan, store)
     assembly.reserve(str(model_dir))
     places = place_all(model, entries, assembly.targets)
     scales = tuple(name for name in places if name.endswith(SCALES_SUFFIX))
-    fill_places(places, entries, on_progress, assembly.take_filled, first=scales)
+    read = None if stored is None else stored.read
+    fill_places(places, entries, on_progress, assembly.take_filled, first=scales, read=read)
     assembly.finish(sharding)
     return model.eval()
 
@@ -193,7 +222,7 @@ def random_network(
 ) -> PreTrainedModel:
     """Build a network of a checkpoint's shape with fewer layers and random weights, to measure."""
     model = empty_network(model_dir, dtype, num_layers)
-    assembly = _Assembly(model, plan_weights(model, dtype, store.quantization, None, {}), store)
+    assembly = _Assembly(model, plan_weights(model, dtype, store.quantization, None, ()), store)
     assembly.reserve(str(model_dir))
     for name, target in assembly.targets.items():
         if target.own.is_floating_point():

@@ -21,6 +21,8 @@ from rillgate_server.worker.sharding import TensorSplit
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
+ReadStored = Callable[[str], Tensor | None]
+"""From a file tensor's name to what it stands for; None: to itself."""
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 """Old exports carry it; it is computed."""
@@ -213,9 +215,11 @@ def fill_places(
     on_progress: Progress | None,
     take_filled: Callable[[str], None],
     first: tuple[str, ...] = (),
+    read: ReadStored | None = None,
 ) -> None:
     """Copy every file tensor to its place, file by file, those of `first` before all others;
-    `take_filled` hears of each target when the last of what fills it is there."""
+    `take_filled` hears of each target when the last of what fills it is there. What `read` knows
+    comes from there."""
     num_missing = Counter(piece.target for place in places.values() for piece in place.pieces)
     total_bytes = sum(place.num_bytes for place in places.values())
     done_bytes = 0
@@ -233,7 +237,9 @@ def fill_places(
                 for name in names:
                     # A view of the mapped file: pages come in while they are copied, and none
                     # of it counts as this process's own memory. (`get_slice` makes a copy.)
-                    stored = file.get_tensor(name)
+                    stored = read(name) if read is not None else None
+                    if stored is None:
+                        stored = file.get_tensor(name)
                     for piece in places[name].pieces:
                         piece.part.copy_(stored[piece.index])
                         num_missing[piece.target] -= 1

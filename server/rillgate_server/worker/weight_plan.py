@@ -6,7 +6,7 @@ here once any of a stack is quantised. Does not know files, nor how a weight is 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeGuard
@@ -109,18 +109,17 @@ def plan_weights(
     dtype: torch.dtype,
     quantization: Quantization,
     sharding: Sharding | None,
-    entries: Mapping[str, TensorEntry],
+    stored: Collection[str],
 ) -> WeightPlan:
     """Say what a network on the meta device will hold, of one rank's part with `sharding`.
 
-    `entries`: of the files, which say what is stored in INT8. Raises ConfigError for a pattern of
+    `stored`: the layers that files hold quantised (`stored_layers`). Raises ConfigError for a pattern of
     `quantization` that no layer matches.
     """
     layers = _quantised_layers(model, quantization)
-    form = Form.TO_QUANTIZE
+    is_int8 = quantization.is_stored and quantization.method == INT8
     if quantization.is_stored:
-        form = Form.QUANTIZED
-        layers = {name for name in layers if _is_stored(entries.get(f"{name}.weight"))}
+        layers &= set(stored)
     stacks = {
         name: module
         for name, module in model.named_modules()
@@ -129,11 +128,13 @@ def plan_weights(
     tensors: dict[str, PlannedTensor] = {}
 
     def add_layer(name: str, shape: tuple[int, ...], split: TensorSplit | None) -> None:
-        if not quantization.is_stored:
-            weight = PlannedTensor(shape, dtype, split, form, quantization.method)
+        if not is_int8:
+            # What stands for a stored weight gives its own values back in float32 alone.
+            read_in = torch.float32 if quantization.is_stored else dtype
+            weight = PlannedTensor(shape, read_in, split, Form.TO_QUANTIZE, quantization.method)
             tensors[f"{name}.weight"] = weight
             return
-        tensors[f"{name}.weight"] = PlannedTensor(shape, torch.int8, split, form)
+        tensors[f"{name}.weight"] = PlannedTensor(shape, torch.int8, split, Form.QUANTIZED)
         of_rows = split if split is not None and split.dim == 0 else None
         scales = PlannedTensor((shape[0], 1), torch.float32, of_rows, Form.SCALES)
         tensors[f"{name}{SCALES_SUFFIX}"] = scales
@@ -199,8 +200,13 @@ def _quantised_layers(model: PreTrainedModel, quantization: Quantization) -> set
     return {name for name in found if not quantization.excludes(name)}
 
 
-def _is_stored(weight: TensorEntry | None) -> bool:
-    return weight is not None and weight.dtype == "int8"
+def stored_layers(entries: Mapping[str, TensorEntry]) -> set[str]:
+    """Name the layers that files hold quantised: their weights are no floating-point numbers."""
+    return {
+        name.removesuffix(".weight")
+        for name, entry in entries.items()
+        if name.endswith(".weight") and entry.dtype in ("int8", "uint8")
+    }
 
 
 def _check_patterns(quantization: Quantization, layers: set[str]) -> None:

@@ -36,7 +36,7 @@ from rillgate_server.worker.network.transformers_network import (
 )
 from rillgate_server.worker.packed_linear import pack_linear_layers
 from rillgate_server.worker.quantization.int8 import pack_int8_layers
-from rillgate_server.worker.quantization.methods import layer_makers
+from rillgate_server.worker.quantization.methods import with_layers
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.sharding import (
     Sharding,
@@ -138,9 +138,7 @@ class Worker:
             torch.set_num_threads(options.num_threads)
         kernels = load_kernels() if options.device == CPU else None
         store = WeightStore(options.device, free_bytes(options.device))
-        if weights.method != NO_QUANTIZATION:
-            quantize, restore = layer_makers(weights, options.device, kernels)
-            store = replace(store, quantize=quantize, restore=restore, quantization=weights)
+        store = with_layers(store, weights, kernels)
         sharding, collectives, ranks = None, None, 1
         if group is not None:
             collectives, ranks = group.collectives, group.place.ranks

@@ -30,7 +30,7 @@ from rillgate_server.worker.memory_needs import memory_needs
 from rillgate_server.worker.model_loader import WeightStore, random_network
 from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.network.transformers_network import layer_cache_shapes
-from rillgate_server.worker.quantization.methods import layer_makers
+from rillgate_server.worker.quantization.methods import with_layers
 from rillgate_server.worker.worker import choose_network, resolve_dtype
 
 _NUM_LAYERS = 2
@@ -91,10 +91,7 @@ class _Run:
         self, model_dir: Path, dtype: torch.dtype, device: torch.device, weights: Quantization
     ) -> None:
         kernels = load_kernels() if device == CPU else None
-        store = WeightStore(device, free_bytes(device), quantization=weights)
-        if weights.method != NO_QUANTIZATION:
-            quantize, restore = layer_makers(weights, device, kernels)
-            store = WeightStore(device, free_bytes(device), quantize, restore, weights)
+        store = with_layers(WeightStore(device, free_bytes(device)), weights, kernels)
         model = random_network(model_dir, dtype, _NUM_LAYERS, store)
         self._network: Network = choose_network(model, kernels)
         shapes = layer_cache_shapes(model.config)

@@ -65,6 +65,7 @@ class BnbNf4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b. x: [..., in_features]; the result in x's type."""
         rows = x.flatten(0, -2)
+        self._state.dtype = x.dtype  # in which it hands the weights to the product
         y: Tensor = bnb.matmul_4bit(rows, self.weight.t(), quant_state=self._state)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)

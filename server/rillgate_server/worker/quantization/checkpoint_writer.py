@@ -82,7 +82,7 @@ def quantize_checkpoint(
         raise ConfigError(f"{target} is not empty; allowed: a directory that is new or empty")
     entries = read_tensor_entries(source)
     model = empty_network(source, dtype)
-    plan = plan_weights(model, dtype, quantization, None, entries)
+    plan = plan_weights(model, dtype, quantization, None, ())
     targets = {
         name: Target(it.shape, torch.empty(it.shape, dtype=it.dtype, device="meta"), None)
         for name, it in plan.tensors.items()

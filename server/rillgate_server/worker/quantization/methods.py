@@ -5,39 +5,48 @@ setting asks for it. Does not know which layers of a model are quantised, nor fi
 """
 
 import logging
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
 import torch
 
+from rillgate_server.core.model_spec import NO_QUANTIZATION
 from rillgate_server.core.quantization import BNB_INT8, BNB_NF4, Quantization
 from rillgate_server.errors import ConfigError
 from rillgate_server.worker.compute_device import CPU
 from rillgate_server.worker.kernels.library import Kernels
-from rillgate_server.worker.model_loader import QuantizeLinear, RestoreLinear
+from rillgate_server.worker.model_loader import WeightStore
 from rillgate_server.worker.quantization.int8 import Int8Linear
 
 
-def layer_makers(
-    quantization: Quantization, device: torch.device, kernels: Kernels | None
-) -> tuple[QuantizeLinear, RestoreLinear | None]:
-    """Return what makes layers from exact weights, and from those that files hold quantised.
+def with_layers(
+    store: WeightStore, quantization: Quantization, kernels: Kernels | None
+) -> WeightStore:
+    """Return a store that makes the layers of a method.
 
     `kernels`: for INT8 on a CPU. Raises ConfigError where the method cannot be had.
     """
+    if quantization.method == NO_QUANTIZATION:
+        return store
+    store = replace(store, quantization=quantization)
     if quantization.method in (BNB_INT8, BNB_NF4):
-        return _bitsandbytes_maker(quantization, device), None
-    if device != CPU:
-        module = _import("int8_triton", "int8", device, "Triton, which torch for GPUs brings")
-        return module.TritonInt8Linear, module.TritonInt8Linear
-    return (
-        lambda weight: Int8Linear(weight, kernels),
-        lambda weight, scales: Int8Linear(weight, kernels, scales),
+        return _with_bitsandbytes(store, quantization)
+    if store.device != CPU:
+        needs = "Triton, which torch for GPUs brings"
+        layer = _import("int8_triton", "int8", store.device, needs).TritonInt8Linear
+        return replace(store, quantize=layer, restore=layer)
+    return replace(
+        store,
+        quantize=lambda weight: Int8Linear(weight, kernels),
+        restore=lambda weight, scales: Int8Linear(weight, kernels, scales),
     )
 
 
-def _bitsandbytes_maker(quantization: Quantization, device: torch.device) -> QuantizeLinear:
-    """Return what makes bitsandbytes' layers."""
+def _with_bitsandbytes(store: WeightStore, quantization: Quantization) -> WeightStore:
+    """Return a store that makes bitsandbytes' layers."""
+    device = store.device
     # It says at each import that a faster product for CPUs could be fetched from the network.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     needs = "bitsandbytes (`pip install 'rillgate[bitsandbytes]'`)"
@@ -47,10 +56,13 @@ def _bitsandbytes_maker(quantization: Quantization, device: torch.device) -> Qua
             f"model.quantization is {quantization.method} on {device}, which the installed "
             "bitsandbytes does not support; allowed: none, int8"
         )
+    if quantization.is_stored:
+        stored = _import("stored_bitsandbytes", quantization.method, device, needs).StoredWeights
+        store = replace(store, open_stored=partial(stored, quantization.method))
     if quantization.method == BNB_NF4:
-        nf4: QuantizeLinear = module.BnbNf4Linear
-        return nf4
-    return lambda weight: module.BnbInt8Linear(weight, quantization.bnb_int8_threshold)
+        return replace(store, quantize=module.BnbNf4Linear)
+    threshold = quantization.bnb_int8_threshold
+    return replace(store, quantize=lambda weight: module.BnbInt8Linear(weight, threshold))
 
 
 def _import(name: str, method: str, device: torch.device, needs: str) -> ModuleType:
