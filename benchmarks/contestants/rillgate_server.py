@@ -21,7 +21,7 @@ from rillgate.types import Usage
 from rillgate_server.core.model_spec import NO_QUANTIZATION
 
 _SAMPLE_PERIOD_S = 0.05
-_CACHE_BYTES = 128 << 20
+_CACHE_BYTES = 256 << 20
 """All 32 requests fit, and the rounds touch every block: a cache that is never filled would hide
 what else the replica takes."""
 
@@ -144,4 +144,5 @@ def _anonymous_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0  # it ended between the listing and the reading
     fields = dict(line.split(":", 1) for line in lines)
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    names = [name for name in ("RssAnon", "RssShmem") if name in fields]  # none of one that ends
+    return sum(int(fields[name].split()[0]) * 1024 for name in names)
