@@ -55,11 +55,12 @@ def test_llm_int8_is_near_the_exact_product_also_with_outliers(dtype: torch.dtyp
     assert with_outliers < 0.5 * without
 
 
+@pytest.mark.parametrize("columns", [256, 96])  # 96: rows are no whole blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nf4_computes_with_the_weights_that_it_keeps(dtype: torch.dtype) -> None:
+def test_nf4_computes_with_the_weights_that_it_keeps(dtype: torch.dtype, columns: int) -> None:
     """Which are within a tenth or so of the exact ones, in a quarter of bf16's memory and a bit."""
     torch.manual_seed(0)
-    weight, x, bias = torch.randn(96, 256), torch.randn(7, 256), torch.randn(96)
+    weight, x, bias = torch.randn(96, columns), torch.randn(7, columns), torch.randn(96)
     layer = BnbNf4Linear(weight.to(dtype))
     layer.bias = nn.Parameter(bias, requires_grad=False)
     kept = layer.plain_weight().double()

@@ -36,6 +36,7 @@ _DTYPE_NAMES = {
     "F16": "float16",
     "F8_E4M3": "float8_e4m3fn",
     "I8": "int8",
+    "U8": "uint8",
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _NUM_SAMPLES = 64  # per file; 64 page-sized reads take about 1 ms from the page cache

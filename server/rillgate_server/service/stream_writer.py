@@ -2,8 +2,9 @@
 
 So a token is not a message: a slow reader, or many streams on one loop, make messages fewer and
 longer, and the first token still leaves at once. So do ends; other tokens wait until a frame has
-passed since the message before, which grows with the number of streams. Owns what waits to be written, and how much of it
-one message takes. Does not know gRPC, and does not bound what waits: a request's max_tokens does.
+passed since the message before, which grows with the number of streams. Owns what waits to be
+written, and how much of it one message takes. Does not know gRPC, and does not bound what waits: a
+request's max_tokens does.
 """
 
 import asyncio

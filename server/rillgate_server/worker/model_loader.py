@@ -80,9 +80,9 @@ class WeightStore:
     """Makes the layers that `quantization` is for; None: all stay as they are."""
     restore: RestoreLinear | None = None
     """The same from weights that files hold in INT8."""
+    quantization: Quantization = AS_THEY_ARE
     open_stored: OpenStored | None = None
     """Reads what files hold quantised in other ways."""
-    quantization: Quantization = AS_THEY_ARE
 
 
 class _Assembly:

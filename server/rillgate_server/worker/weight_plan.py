@@ -113,8 +113,8 @@ def plan_weights(
 ) -> WeightPlan:
     """Say what a network on the meta device will hold, of one rank's part with `sharding`.
 
-    `stored`: the layers that files hold quantised (`stored_layers`). Raises ConfigError for a pattern of
-    `quantization` that no layer matches.
+    `stored`: the layers that files hold quantised (`stored_layers`). Raises ConfigError for a
+    pattern of `quantization` that no layer matches.
     """
     layers = _quantised_layers(model, quantization)
     is_int8 = quantization.is_stored and quantization.method == INT8

@@ -12,6 +12,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 NF4_BLOCK = 64
 """Weights that share a scale, counted along the rows."""
@@ -66,19 +67,37 @@ class BnbNf4Linear(nn.Module):
         """Return x W^T + b. x: [..., in_features]; the result in x's type."""
         rows = x.flatten(0, -2)
         self._state.dtype = x.dtype  # in which it hands the weights to the product
-        y: Tensor = bnb.matmul_4bit(rows, self.weight.t(), quant_state=self._state)
+        y: Tensor
+        if self.in_features % NF4_BLOCK:
+            y = F.linear(rows, self.plain_weight())  # see `plain_nf4`
+        else:
+            y = bnb.matmul_4bit(rows, self.weight.t(), quant_state=self._state)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def plain_weight(self) -> Tensor:
         """Return the weight as it is computed with. [out_features, in_features]."""
-        weight: Tensor = functional.dequantize_4bit(self.weight, self._state)
-        return weight
+        return plain_nf4(self.weight, self._state)
 
     def extra_repr(self) -> str:
         """Show the shape, as nn.Linear does."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bnb-nf4"
+
+
+def plain_nf4(weight: Tensor, state: functional.QuantState) -> Tensor:
+    """Return what stored weights stand for, in the state's shape and type.
+
+    As one long row: for CPUs bitsandbytes (0.50.2) takes each row to begin a block, which is wrong
+    where rows are no whole blocks.
+    """
+    shape = state.shape
+    state.shape = torch.Size([1, shape.numel()])
+    try:
+        plain: Tensor = functional.dequantize_4bit(weight.view(-1, 1), state)
+    finally:
+        state.shape = shape
+    return plain.view(shape)
 
 
 def supports(device: torch.device) -> bool:

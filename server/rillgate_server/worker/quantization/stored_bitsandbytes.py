@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 from safetensors import SafetensorError, safe_open
@@ -22,7 +21,7 @@ from torch import Tensor
 from rillgate_server.core.checkpoint import TensorEntry
 from rillgate_server.core.quantization import BNB_INT8
 from rillgate_server.errors import CheckpointError
-from rillgate_server.worker.quantization.bitsandbytes_layers import NF4_BLOCK
+from rillgate_server.worker.quantization.bitsandbytes_layers import NF4_BLOCK, plain_nf4
 from rillgate_server.worker.sharding import TensorSplit
 
 Entries = dict[str, TensorEntry]
@@ -73,8 +72,7 @@ class StoredWeights:
             scales = self._tensor(f"{name.removesuffix(_WEIGHT)}{_SCB}").float()
             return stored.float() * (scales / 127)[:, None]
         state = self._state(name, parts)
-        weight: Tensor = functional.dequantize_4bit(stored.view(-1, 1), state)
-        return weight.view(self.shapes[name])
+        return plain_nf4(stored, state)
 
     def check_split(self, name: str, split: TensorSplit | None) -> None:
         """Raise CheckpointError for a cut that falls inside a quantisation block of NF4."""
@@ -112,7 +110,7 @@ class StoredWeights:
     def _state(self, name: str, parts: tuple[str, ...]) -> "functional.QuantState":
         """Read what else NF4 keeps of a weight; as float32's, whatever it was made from."""
         tensors = {part: self._tensor(part) for part in parts if part.startswith(f"{name}.")}
-        state = bnb.functional.QuantState.from_dict(tensors, torch.device("cpu"))
+        state = functional.QuantState.from_dict(tensors, torch.device("cpu"))
         state.dtype = torch.float32
         return state
 
