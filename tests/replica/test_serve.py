@@ -28,11 +28,11 @@ class Caller:
         self._stub = inference_pb2_grpc.InferenceStub(channel)
 
     async def count_tokens(
-        self, num_tokens: int, first: asyncio.Event | None = None, summand: int = 12
+        self, num_tokens: int, first: asyncio.Event | None = None, prompt: str = "What is 12 + 30?"
     ) -> int:
         """Ask for `num_tokens`; set `first` when one has arrived."""
         request = pb.GenerateRequest(
-            prompt=f"What is {summand} + 30?",
+            prompt=prompt,
             stopping=pb.StoppingParams(max_tokens=num_tokens, ignore_eos=True),
         )
         num_received = 0
@@ -147,7 +147,7 @@ async def test_of_two_replicas_one_is_killed_and_comes_back() -> None:
 
 
 async def test_two_tiers_are_served_as_configured() -> None:
-    """Answers that do not fit the device tier together go through the host tier, checked."""
+    """Answers and prompts that do not fit the device tier go through the host tier, checked."""
     settings = (
         *("model.max_context_tokens=256", "cache.kv_dtype=int8", "cache.audit=true"),
         *("cache.device_memory=300KB", "cache.host_memory=2MB", "cache.load_policy=load"),
@@ -156,8 +156,10 @@ async def test_two_tiers_are_served_as_configured() -> None:
         address = (await server.wait_line(READY)).group(1)
         async with grpc.aio.insecure_channel(address) as channel, AsyncClient(address) as client:
             caller = Caller(channel)
-            calls = [caller.count_tokens(150, summand=summand) for summand in range(6)]
-            assert await asyncio.gather(*calls) == [150] * 6
+            prompts = [f"What is {summand} + 30? " * 8 for summand in range(6)]
+            for _ in range(2):  # the second finds in the host tier what the first left there
+                calls = [caller.count_tokens(100, prompt=prompt) for prompt in prompts]
+                assert await asyncio.gather(*calls) == [100] * 6
             assert [model.max_context_tokens for model in await client.models()] == [256]
             assert await code_of(caller.count_tokens(256)) is grpc.StatusCode.INVALID_ARGUMENT
             (replica,) = (await client.status()).replicas
