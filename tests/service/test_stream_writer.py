@@ -80,44 +80,6 @@ async def test_the_first_token_leaves_at_once_and_later_ones_gather_meanwhile() 
     assert len(wire.updates) == 2
 
 
-async def test_tokens_gather_for_a_frame_but_the_first_one_and_ends_leave_at_once() -> None:
-    """The frame begins with the message before; a started stream owes its first token."""
-    updates: asyncio.Queue[StreamUpdate] = asyncio.Queue()
-    frame_s = [30.0]
-    writer = StreamWriter(updates.put, lambda: frame_s[0])
-    run = asyncio.create_task(writer.run())
-    async with asyncio.timeout(10):
-        writer.add_started(STARTED)
-        assert (await updates.get()).started == STARTED
-        writer.add_output(delta(0, 7))
-        assert (await updates.get()).outputs == (delta(0, 7),)
-        writer.add_output(delta(1, 8))
-        writer.add_output(delta(2, 9))
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert updates.empty()
-        writer.add_end(END)
-        last = await updates.get()
-        assert last.outputs[0].token_ids == (8, 9)
-        assert last.ended == (END,)
-        writer.close()
-        await run
-
-
-async def test_a_frame_that_has_passed_lets_what_gathered_leave() -> None:
-    """Also while the stream goes on."""
-    updates: asyncio.Queue[StreamUpdate] = asyncio.Queue()
-    writer = StreamWriter(updates.put, lambda: 0.02)
-    run = asyncio.create_task(writer.run())
-    async with asyncio.timeout(10):
-        for offset in range(3):
-            writer.add_output(delta(offset, offset))
-            assert (await updates.get()).outputs == (delta(offset, offset),)
-        writer.fail(RuntimeError("lost"))
-        with pytest.raises(RuntimeError, match="lost"):
-            await run
-
-
 async def test_an_error_comes_after_what_had_gathered() -> None:
     """Tokens that arrived are written before the stream fails."""
     wire = SlowWire()

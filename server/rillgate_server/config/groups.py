@@ -217,10 +217,6 @@ class GatewayConfig:
     routing_policy: str = "prefix"
     """Who gets a request: prefix (the longest cached beginning, then the least load), least-load,
     round-robin, or weighted-least-connections."""
-    max_frame_s: float = 0.1
-    """Longest time for which a stream's tokens gather into one message while many streams are open,
-    0 to 10 s; 0: a message per step. The first token leaves at once. Higher: less processor time
-    per token, coarser streams."""
     failover_wait_s: float = 30.0
     """Time that a stream whose replica was lost waits for another one, 0 to 86,400 s. Higher:
     longer pauses instead of errors."""
@@ -233,7 +229,6 @@ class GatewayConfig:
         check("gateway.keepalive_timeout_s", self.keepalive_timeout_s, 0.1, 600)
         check("gateway.drain_grace_s", self.drain_grace_s, 0, 86400)
         check_choice("gateway.routing_policy", self.routing_policy, ROUTING_POLICIES)
-        check("gateway.max_frame_s", self.max_frame_s, 0, 10)
         check("gateway.failover_wait_s", self.failover_wait_s, 0, 86_400)
         check_secret("gateway.cluster_secret", self.cluster_secret)
 

@@ -94,7 +94,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         arrival_s = self._clock.now()
         with self._open_calls.enter():
             prepared = await self._prepare(message, self._tenancy.account(context))
-            writer = StreamWriter(write, self._open_calls.frame_s)
+            writer = StreamWriter(write)
             generation = Generation(prepared, self._model.text, writer, self._clock, arrival_s)
             relay = Relay(generation, self._fleet, self._clock, ends_at_s)
             try:

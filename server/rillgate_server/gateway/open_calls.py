@@ -1,6 +1,6 @@
-"""How many calls a gateway has open, how often each may write, and whether it takes new ones.
+"""How many calls a gateway has open, and whether it takes new ones.
 
-Owns the count, the frame that follows from it, and the drain. Does not know what the calls do.
+Owns the count and the drain. Does not know what the calls do.
 """
 
 import asyncio
@@ -9,15 +9,12 @@ from contextlib import contextmanager
 
 from rillgate_server.errors import Draining
 
-_FRAME_S_PER_STREAM = 0.002
-
 
 class OpenCalls:
     """The calls that are open now. State: the count, and whether it drains."""
 
-    def __init__(self, max_frame_s: float = 0.0) -> None:
-        """Start with none; see `frame_s`."""
-        self._max_frame_s = max_frame_s
+    def __init__(self) -> None:
+        """Start with none."""
         self.num_open = 0
         self.is_draining = False
         self._none_open = asyncio.Event()
@@ -39,12 +36,6 @@ class OpenCalls:
             self.num_open -= 1
             if self.num_open == 0:
                 self._none_open.set()
-
-    def frame_s(self) -> float:
-        """Return the least time between two messages of a stream: all streams together write at
-        most 500 a second, some 0.15 s of processor time here and as much at a caller in Python,
-        until the frame is as long as it may be."""
-        return min(self._max_frame_s, self.num_open * _FRAME_S_PER_STREAM)
 
     def drain(self) -> None:
         """Take no new calls from now on."""

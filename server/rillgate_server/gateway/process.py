@@ -65,7 +65,7 @@ class Gateway:
         """
         self._config = config
         self._fleet = Fleet(config, _Refusal(model.spec), clock, door)
-        self._open_calls = OpenCalls(config.max_frame_s)
+        self._open_calls = OpenCalls()
         self._server = public_server(config, (CallBorder((INFERENCE, CONTROL)),))
         tenancy = Tenancy(config.cluster_secret or secrets.token_hex(), tenant_of)
         inference = InferenceService(model, self._fleet, tenancy, self._open_calls, clock)

@@ -1,15 +1,12 @@
 """One writer per stream: while a write is under way, what comes gathers and leaves together.
 
 So a token is not a message: a slow reader, or many streams on one loop, make messages fewer and
-longer, and the first token still leaves at once. So do ends; other tokens wait until a frame has
-passed since the message before, which grows with the number of streams. Owns what waits to be
-written, and how much of it one message takes. Does not know gRPC, and does not bound what waits: a
-request's max_tokens does.
+longer, and the first token still leaves at once. Owns what waits to be written, and how much of it
+one message takes. Does not know gRPC, and does not bound what waits: a request's max_tokens does.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 from rillgate_server.core.step import TokenLogprobs
 from rillgate_server.service.generate_call import ChoiceEnd, OutputDelta, Started, StreamUpdate
@@ -26,16 +23,10 @@ class StreamWriter:
     still come (`_is_closed`), and the error that ends the stream after what waits was written.
     """
 
-    def __init__(
-        self,
-        write: Callable[[StreamUpdate], Awaitable[None]],
-        frame_s: Callable[[], float] = lambda: 0.0,
-    ) -> None:
-        """Write with `write`, one call at a time; `frame_s`: the least time between messages."""
+    def __init__(self, write: Callable[[StreamUpdate], Awaitable[None]]) -> None:
+        """Write with `write`, one call at a time."""
         self._write = write
-        self._frame_s = frame_s
         self._wake = asyncio.Event()
-        self._hurry = asyncio.Event()  # what waits may not wait for a frame
         self._started: Started | None = None
         self._outputs: dict[int, list[OutputDelta]] = {}  # choice index -> deltas, in order
         self._ended: list[ChoiceEnd] = []
@@ -67,13 +58,11 @@ class StreamWriter:
     def add_end(self, end: ChoiceEnd) -> None:
         """Give the end of a choice; nothing may follow for it."""
         self._ended.append(end)
-        self._hurry.set()
         self._wake.set()
 
     def close(self) -> None:
         """Say that nothing more comes."""
         self._is_closed = True
-        self._hurry.set()
         self._wake.set()
 
     def fail(self, error: Exception) -> None:
@@ -84,16 +73,10 @@ class StreamWriter:
 
     async def run(self) -> None:
         """Write until nothing more comes; raises the error given to `fail`, and `write`'s own."""
-        loop = asyncio.get_running_loop()
-        next_frame_s = 0.0  # on the loop's clock
         while True:
-            if self._outputs and loop.time() < next_frame_s:
-                await self._wait_for_frame(next_frame_s)
             update = self._take()
             if update is not None:
                 await self._write(update)
-                if update.outputs:
-                    next_frame_s = loop.time() + self._frame_s()
             elif self._error is not None:
                 raise self._error
             elif self._is_closed:
@@ -101,12 +84,6 @@ class StreamWriter:
             else:
                 self._wake.clear()
                 await self._wake.wait()
-
-    async def _wait_for_frame(self, until_s: float) -> None:
-        """Let more come, but for an end."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(until_s):
-                await self._hurry.wait()
 
     def _take(self) -> StreamUpdate | None:
         """Take all that waits as one update, or as much of its beginning as one should hold."""
@@ -118,8 +95,6 @@ class StreamWriter:
         outputs = self._take_outputs(MAX_POSITIONS - len(prompt_logprobs))
         ended = tuple(end for end in self._ended if not self._must_wait(end))
         self._ended = [end for end in self._ended if self._must_wait(end)]
-        if not (self._ended or self._is_closed):
-            self._hurry.clear()
         return StreamUpdate(started, outputs, ended, prompt_logprobs)
 
     def _must_wait(self, end: ChoiceEnd) -> bool:
