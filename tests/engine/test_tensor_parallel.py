@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rillgate_server.config.groups import SpeculationConfig
+from rillgate_server.config.settings import bundled_model_dir
 from rillgate_server.core.model_spec import CacheSizes
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.engine.engine import Engine
@@ -161,7 +162,7 @@ def test_a_split_of_quantised_weights_is_as_near_the_exact_model_as_the_whole(
     checkpoint: MakeCheckpoint,
     reference: MakeReference,
 ) -> None:
-    """Each rank's part of a row-wise layer has scales of its own: not equal, but no further off.
+    """A rank scales its own part of a row-wise layer's input: not equal, but no further off.
     A mixture's experts, and what is quantised on request, are split, too."""
     path, (_, expected) = checkpoint(kind), reference(kind)
     whole = whole_worker(path, "float32", method, include)
@@ -190,3 +191,24 @@ def test_a_split_of_the_c_layers_in_bf16_is_as_near_as_the_whole(
     with split_model(pool, path, ranks, MANY_BLOCKS, **order) as split:
         assert isinstance(split.worker.network, DenseDecoder)
         assert 0.0 < error_of(split.executor, expected) < 1.2 * error_of(whole, expected)
+
+
+def test_a_split_of_int8_weights_is_within_two_percent_of_the_whole(pool: RankPool) -> None:
+    """The bundled model's logits: weights are the whole model's, bit by bit; activations between
+    ranks' parts are rounded apart."""
+    path = bundled_model_dir()
+    whole = whole_worker(path, "float32", "int8")
+    with split_model(pool, path, num_blocks=MANY_BLOCKS, quantization="int8") as split:
+        halves = all_logprobs(split.executor, whole.spec.vocab_size)
+    expected = all_logprobs(whole, whole.spec.vocab_size)
+    assert 0.0 < float((halves - expected).norm() / expected.norm()) < 0.02
+
+
+def all_logprobs(executor: Executes, vocab_size: int) -> torch.Tensor:
+    """Return those behind some prompts, less their mean as logits are. [prompts, vocab_size]."""
+    sampling = SamplingParams(seed=0, temperature=0.0, num_logprobs=vocab_size)
+    jobs = [Job(list(range(5 + i, 60 + 3 * i)), 1, sampling) for i in range(8)]
+    Planner(MANY_BLOCKS, BLOCK_SIZE, step_tokens=1024, chunk=1024).run(executor, jobs)
+    found = [dict(job.logprobs[0].top) for job in jobs]
+    rows = torch.tensor([[one[i] for i in range(vocab_size)] for one in found])
+    return rows - rows.mean(dim=-1, keepdim=True)

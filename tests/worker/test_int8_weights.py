@@ -272,7 +272,9 @@ def test_stacked_experts_are_quantised_like_single_ones(
     stacked = make_checkpoint(tmp_path / "model", "deepseek_v3")
     stack_experts(stacked)
     quantization = Quantization("int8")
-    store = WeightStore(CPU, 1 << 40, lambda weight: Int8Linear(weight, None), None, quantization)
+    store = WeightStore(
+        CPU, 1 << 40, lambda weight, _: Int8Linear(weight, None), None, quantization
+    )
     single = checkpoint("deepseek_v3")
     for sharding in (None, *(Sharding(load_config(single), rank, 2) for rank in range(2))):
         ours, theirs = (

@@ -31,6 +31,17 @@ STORE = WeightStore(
     restore=lambda weight, scales: Int8Linear(weight, None, scales),
     quantization=Quantization("int8", is_stored=True),
 )
+"""For what is stored in INT8."""
+
+
+def quantizing(quantization: Quantization) -> WeightStore:
+    """Return a store for plain checkpoints."""
+    return WeightStore(
+        CPU,
+        1 << 40,
+        quantize=lambda weight, most: Int8Linear(weight, None, most=most),
+        quantization=quantization,
+    )
 
 
 def write(source: Path, target: Path, quantization: Quantization = INT8) -> Path:
@@ -121,18 +132,23 @@ def test_other_files_are_copied_and_plain_weights_are_not(tmp_path: Path) -> Non
     assert (scales.dtype, tuple(scales.shape)) == (torch.float32, (96, 1))
 
 
+@pytest.mark.parametrize("is_stored", [True, False], ids=["stored", "plain"])
 @pytest.mark.parametrize("kind", ["qwen2", "deepseek_v3", "qwen3"])
-def test_each_rank_reads_its_own_part(
-    kind: str, checkpoint: MakeCheckpoint, tmp_path: Path
+def test_each_rank_holds_its_own_part(
+    kind: str, is_stored: bool, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    """With the scales of whole channels: rows are cut with theirs, columns keep them."""
+    """With the scales of whole channels, whether it reads or makes them: rows are cut with theirs,
+    columns keep them."""
     include = ("embeddings", "head") if kind == "qwen3" else ()
-    path = write(checkpoint(kind), tmp_path / "out", Quantization("int8", include=include))
+    quantization = Quantization("int8", include=include)
+    path = write(checkpoint(kind), tmp_path / "out", quantization)
     stored = load_file(path / "model.safetensors")
+    store = STORE if is_stored else quantizing(quantization)
+    path = path if is_stored else checkpoint(kind)
     parts = []
     for rank in range(2):
         sharding = Sharding(load_config(path), rank, 2)
-        network = load_network(path, torch.float32, sharding=sharding, store=STORE)
+        network = load_network(path, torch.float32, sharding=sharding, store=store)
         parts.append({n: m for n, m in network.named_modules() if isinstance(m, Int8Linear)})
     assert parts[0]
     for name, first in parts[0].items():

@@ -43,8 +43,10 @@ _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies follow the longest sequence of a batch: a neighbour
 would change one's tokens, and cached keys would not fit new ones."""
 
-QuantizeLinear = Callable[[Tensor], nn.Module]
-"""From a weight [out_features, in_features], which is not kept, to a layer without its bias."""
+QuantizeLinear = Callable[[Tensor, Tensor | None], nn.Module]
+"""From a weight [out_features, in_features], which is not kept, to a layer without its bias. Then,
+of a weight that is cut through its channels: the largest magnitude of each whole one,
+[out_features]."""
 
 RestoreLinear = Callable[[Tensor, Tensor], nn.Module]
 """From a weight in INT8 and its scales, [out_features], float32, neither of which is kept."""
@@ -114,16 +116,22 @@ class _Assembly:
                 tensor = torch.empty(shape, dtype=planned.dtype, device=device)
             self.targets[name] = Target(planned.shape, tensor, planned.split)
 
-    def take_filled(self, name: str, is_whole: bool = False) -> None:
-        """Take a target that has all that files have for it; `is_whole`: no padding is missing."""
+    def take_filled(self, name: str, stored: Tensor | None = None) -> None:
+        """Take a target that has all that files have for it.
+
+        stored: of the file's tensor that came last, the rows that the target has, in whole; None:
+        the target was not filled from files, and no padding is missing.
+        """
         target = self.targets[name]
-        if not is_whole and target.num_elements < target.own.numel():
+        if stored is not None and target.num_elements < target.own.numel():
             assert target.split is not None
             target.own[target.split.last - target.split.first :].zero_()
         layer, form = name.removesuffix(".weight"), self._plan.tensors[name].form
         if form is Form.TO_QUANTIZE:
             assert self._store.quantize is not None
-            self._layers[layer] = self._store.quantize(target.own)
+            is_cut = target.split is not None and target.split.dim == 1
+            most = _largest(stored).to(target.own) if is_cut and stored is not None else None
+            self._layers[layer] = self._store.quantize(target.own, most)
         elif form is Form.QUANTIZED:
             assert self._store.restore is not None
             scales = self.targets[f"{layer}{SCALES_SUFFIX}"].own  # read before any weight
@@ -227,7 +235,7 @@ def random_network(
     for name, target in assembly.targets.items():
         if target.own.is_floating_point():
             target.own.normal_(0.0, 0.02)
-        assembly.take_filled(name, is_whole=True)
+        assembly.take_filled(name)
     assembly.finish(None)
     return model.eval()
 
@@ -266,6 +274,12 @@ def empty_network(
         )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _largest(weight: Tensor) -> Tensor:
+    """Return max|W| of each row, without a copy of the weight."""
+    low, high = weight.aminmax(dim=-1)
+    return torch.maximum(-low, high)
 
 
 def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -213,13 +213,13 @@ def fill_places(
     places: dict[str, Place],
     entries: dict[str, TensorEntry],
     on_progress: Progress | None,
-    take_filled: Callable[[str], None],
+    take_filled: Callable[[str, Tensor], None],
     first: tuple[str, ...] = (),
     read: ReadStored | None = None,
 ) -> None:
     """Copy every file tensor to its place, file by file, those of `first` before all others;
-    `take_filled` hears of each target when the last of what fills it is there. What `read` knows
-    comes from there."""
+    `take_filled` hears of each target when the last of what fills it is there, and gets this one's
+    rows of the file's tensor, in whole. What `read` knows comes from there."""
     num_missing = Counter(piece.target for place in places.values() for piece in place.pieces)
     total_bytes = sum(place.num_bytes for place in places.values())
     done_bytes = 0
@@ -244,7 +244,8 @@ def fill_places(
                         piece.part.copy_(stored[piece.index])
                         num_missing[piece.target] -= 1
                         if not num_missing[piece.target]:
-                            take_filled(piece.target)
+                            whole_rows = stored[piece.index[: stored.ndim - 1]]
+                            take_filled(piece.target, whole_rows)
                     done_bytes += places[name].num_bytes
                     if on_progress is not None:
                         on_progress(done_bytes, total_bytes)

@@ -22,15 +22,18 @@ _PART_ELEMENTS = 1 << 20
 """Of a weight that are quantised at a time: their float32 values are 4 MB."""
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return [out_features, in_features], int8, and [out_features], float32, of a weight."""
+def quantize_weight(weight: Tensor, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return [out_features, in_features], int8, and [out_features], float32, of a weight.
+
+    most: max|W| of each channel, [out_features]; None: as it is in `weight`.
+    """
     whole = torch.empty_like(weight, dtype=torch.int8)
     scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     channels_at_once = max(1, _PART_ELEMENTS // weight.shape[1])
     for first in range(0, len(weight), channels_at_once):
         part = slice(first, first + channels_at_once)
         exact = weight[part].to(torch.float32, copy=True)
-        scales[part] = exact.abs().amax(dim=-1) / _MOST
+        scales[part] = (exact.abs().amax(dim=-1) if most is None else most[part].float()) / _MOST
         exact /= scales[part, None]
         exact.round_().nan_to_num_(nan=0.0)  # a channel of zeros: 0 / 0
         whole[part] = exact.clamp_(-_MOST, _MOST)
@@ -56,18 +59,23 @@ class Int8Linear(nn.Module):
     """`nn.Linear` with its weight in INT8. State: whether it is packed for the kernels."""
 
     def __init__(
-        self, weight: Tensor, kernels: Kernels | None, scales: Tensor | None = None
+        self,
+        weight: Tensor,
+        kernels: Kernels | None,
+        scales: Tensor | None = None,
+        most: Tensor | None = None,
     ) -> None:
-        """Quantise `weight`, or take one in INT8 with its `scales`, [out_features], float32.
+        """Quantise `weight`, with `most` (see `quantize_weight`), or take one in INT8 with its
+        `scales`, [out_features], float32.
 
-        Neither is kept.
+        None of them is kept.
         """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._kernels = kernels
         self._is_packed = False
         if scales is None:
-            self.weight, self.scales = quantize_weight(weight)
+            self.weight, self.scales = quantize_weight(weight, most)
         else:
             self.weight, self.scales = weight.clone(), scales.clone()
         """[out_features, in_features], int8, or packed."""

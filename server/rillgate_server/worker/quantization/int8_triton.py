@@ -169,9 +169,11 @@ def linear_int8_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor |
 class TritonInt8Linear(Int8Linear):
     """An Int8Linear on a GPU. State: none."""
 
-    def __init__(self, weight: Tensor, scales: Tensor | None = None) -> None:
-        """Quantise `weight`, which is not kept; or, with its `scales`, keep what is quantised."""
-        super().__init__(weight, None, scales)
+    def __init__(
+        self, weight: Tensor, scales: Tensor | None = None, most: Tensor | None = None
+    ) -> None:
+        """Quantise `weight`, or, with its `scales`, take what is quantised, as Int8Linear does."""
+        super().__init__(weight, None, scales, most)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b. x: [..., in_features]; the result in x's type."""

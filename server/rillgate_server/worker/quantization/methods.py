@@ -36,10 +36,10 @@ def with_layers(
     if store.device != CPU:
         needs = "Triton, which torch for GPUs brings"
         layer = _import("int8_triton", "int8", store.device, needs).TritonInt8Linear
-        return replace(store, quantize=layer, restore=layer)
+        return replace(store, quantize=lambda weight, most: layer(weight, most=most), restore=layer)
     return replace(
         store,
-        quantize=lambda weight: Int8Linear(weight, kernels),
+        quantize=lambda weight, most: Int8Linear(weight, kernels, most=most),
         restore=lambda weight, scales: Int8Linear(weight, kernels, scales),
     )
 
@@ -60,9 +60,9 @@ def _with_bitsandbytes(store: WeightStore, quantization: Quantization) -> Weight
         stored = _import("stored_bitsandbytes", quantization.method, device, needs).StoredWeights
         store = replace(store, open_stored=partial(stored, quantization.method))
     if quantization.method == BNB_NF4:
-        return replace(store, quantize=module.BnbNf4Linear)
+        return replace(store, quantize=lambda weight, _: module.BnbNf4Linear(weight))
     threshold = quantization.bnb_int8_threshold
-    return replace(store, quantize=lambda weight: module.BnbInt8Linear(weight, threshold))
+    return replace(store, quantize=lambda weight, _: module.BnbInt8Linear(weight, threshold))
 
 
 def _import(name: str, method: str, device: torch.device, needs: str) -> ModuleType:
