@@ -40,6 +40,7 @@ class RillgateContestant:
             self._target = f"127.0.0.1:{probe.getsockname()[1]}"
         self._peak_bytes: list[int] = [0]
         self._stop = threading.Event()
+        self._is_ready = False
 
     def __enter__(self) -> "RillgateContestant":
         """Start the server and wait until it takes requests."""
@@ -52,10 +53,15 @@ class RillgateContestant:
             ],
             stdout=sys.stderr,
         )
-        with Client(self._target) as client:
-            client.wait_ready(timeout_s=120)
         self._sampler = threading.Thread(target=self._sample_memory)
         self._sampler.start()
+        try:
+            with Client(self._target) as client:
+                client.wait_ready(timeout_s=120)
+        except BaseException:
+            self._end()
+            raise
+        self._is_ready = True
         return self
 
     def __exit__(
@@ -65,6 +71,9 @@ class RillgateContestant:
         trace: TracebackType | None,
     ) -> None:
         """Stop the server."""
+        self._end()
+
+    def _end(self) -> None:
         self._stop.set()
         self._sampler.join()
         self._process.terminate()
@@ -108,12 +117,12 @@ class RillgateContestant:
         }
 
     def _sample_memory(self) -> None:
-        """Note RssAnon + RssShmem of the largest child until told to stop."""
+        """Note RssAnon + RssShmem of the largest child, loading included, until told to stop."""
         pids: list[int] = []
         for number in itertools.count():
             if self._stop.wait(_SAMPLE_PERIOD_S):
                 return
-            if number % _SAMPLES_PER_LISTING == 0:
+            if not self._is_ready or number % _SAMPLES_PER_LISTING == 0:
                 children = psutil.Process(self._process.pid).children(recursive=True)
                 pids = [child.pid for child in children]
             self._peak_bytes[0] = max(self._peak_bytes[0], *map(_anonymous_bytes, pids), 0)

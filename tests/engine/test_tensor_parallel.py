@@ -193,12 +193,15 @@ def test_a_split_of_the_c_layers_in_bf16_is_as_near_as_the_whole(
         assert 0.0 < error_of(split.executor, expected) < 1.2 * error_of(whole, expected)
 
 
-def test_a_split_of_int8_weights_is_within_two_percent_of_the_whole(pool: RankPool) -> None:
+@pytest.mark.parametrize("method", ["int8", "bnb-int8"])
+def test_a_split_of_int8_weights_is_within_two_percent_of_the_whole(
+    method: str, pool: RankPool
+) -> None:
     """The bundled model's logits: weights are the whole model's, bit by bit; activations between
     ranks' parts are rounded apart."""
     path = bundled_model_dir()
-    whole = whole_worker(path, "float32", "int8")
-    with split_model(pool, path, num_blocks=MANY_BLOCKS, quantization="int8") as split:
+    whole = whole_worker(path, "float32", method)
+    with split_model(pool, path, num_blocks=MANY_BLOCKS, quantization=method) as split:
         halves = all_logprobs(split.executor, whole.spec.vocab_size)
     expected = all_logprobs(whole, whole.spec.vocab_size)
     assert 0.0 < float((halves - expected).norm() / expected.norm()) < 0.02

@@ -55,6 +55,17 @@ def test_llm_int8_is_near_the_exact_product_also_with_outliers(dtype: torch.dtyp
     assert with_outliers < 0.5 * without
 
 
+def test_a_cut_in_llm_int8_has_the_scales_of_whole_channels() -> None:
+    """What bitsandbytes itself makes of the whole, bit by bit; a channel of zeros stays one."""
+    torch.manual_seed(0)
+    channels = torch.randn(96, 256)
+    channels[7] = 0.0
+    whole = BnbInt8Linear(channels, 6.0)
+    part = BnbInt8Linear(channels[:, 64:128], 6.0, channels)
+    assert torch.equal(part.weight, whole.weight[:, 64:128])
+    assert torch.equal(part.scales, whole.scales)
+
+
 @pytest.mark.parametrize("columns", [256, 96])  # 96: rows are no whole blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_computes_with_the_weights_that_it_keeps(dtype: torch.dtype, columns: int) -> None:

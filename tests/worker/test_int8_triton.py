@@ -54,3 +54,13 @@ def test_a_layer_takes_any_shape_of_rows() -> None:
     layer = TritonInt8Linear(torch.randn(24, 32, device=DEVICE))
     x = torch.randn(2, 3, 32, device=DEVICE)
     assert torch.equal(layer(x)[1, 2], layer(x[1, 2][None])[0])
+
+
+def test_a_cut_has_the_scales_of_whole_channels() -> None:
+    """The channels may lie elsewhere, and in the files' type."""
+    torch.manual_seed(0)
+    channels = torch.randn(24, 64)
+    whole, scales = quantize_weight(channels.bfloat16())
+    layer = TritonInt8Linear(channels[:, 32:].bfloat16().to(DEVICE), None, channels)
+    assert torch.equal(layer.weight.cpu(), whole[:, 32:])
+    assert torch.equal(layer.scales.cpu(), scales)

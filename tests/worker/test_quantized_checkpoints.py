@@ -39,7 +39,7 @@ def quantizing(quantization: Quantization) -> WeightStore:
     return WeightStore(
         CPU,
         1 << 40,
-        quantize=lambda weight, most: Int8Linear(weight, None, most=most),
+        quantize=lambda weight, channels: Int8Linear(weight, None, None, channels),
         quantization=quantization,
     )
 

@@ -44,9 +44,8 @@ _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 would change one's tokens, and cached keys would not fit new ones."""
 
 QuantizeLinear = Callable[[Tensor, Tensor | None], nn.Module]
-"""From a weight [out_features, in_features], which is not kept, to a layer without its bias. Then,
-of a weight that is cut through its channels: the largest magnitude of each whole one,
-[out_features]."""
+"""From a weight [out_features, in_features], and of one that is cut through its channels the whole
+ones, [out_features, more], as files hold them, to a layer without its bias. Neither is kept."""
 
 RestoreLinear = Callable[[Tensor, Tensor], nn.Module]
 """From a weight in INT8 and its scales, [out_features], float32, neither of which is kept."""
@@ -130,8 +129,7 @@ class _Assembly:
         if form is Form.TO_QUANTIZE:
             assert self._store.quantize is not None
             is_cut = target.split is not None and target.split.dim == 1
-            most = _largest(stored).to(target.own) if is_cut and stored is not None else None
-            self._layers[layer] = self._store.quantize(target.own, most)
+            self._layers[layer] = self._store.quantize(target.own, stored if is_cut else None)
         elif form is Form.QUANTIZED:
             assert self._store.restore is not None
             scales = self.targets[f"{layer}{SCALES_SUFFIX}"].own  # read before any weight
@@ -274,12 +272,6 @@ def empty_network(
         )
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _largest(weight: Tensor) -> Tensor:
-    """Return max|W| of each row, without a copy of the weight."""
-    low, high = weight.aminmax(dim=-1)
-    return torch.maximum(-low, high)
 
 
 def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

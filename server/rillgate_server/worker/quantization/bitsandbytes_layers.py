@@ -16,16 +16,29 @@ from torch.nn import functional as F
 
 NF4_BLOCK = 64
 """Weights that share a scale, counted along the rows."""
+_MOST = 127
 
 
 class BnbInt8Linear(nn.Module):
     """`nn.Linear` by LLM.int8(). State: none."""
 
-    def __init__(self, weight: Tensor, threshold: float) -> None:
-        """Quantise `weight`, which is not kept; activations over `threshold` are outliers."""
+    def __init__(self, weight: Tensor, threshold: float, channels: Tensor | None = None) -> None:
+        """Quantise `weight`, which is not kept; activations over `threshold` are outliers.
+
+        channels: the whole ones that it is cut out of, as in `int8.quantize_weight`.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight, self.scales, _ = functional.int8_vectorwise_quant(weight.half())
+        if channels is None:
+            self.weight, self.scales, _ = functional.int8_vectorwise_quant(weight.half())
+        else:
+            self.scales = (
+                channels.to(weight.dtype).half().abs().amax(dim=-1).to(weight.device).float()
+            )
+            inverse = (_MOST / self.scales)[:, None].nan_to_num_(
+                posinf=0.0
+            )  # of a channel of zeros
+            self.weight = (weight.half() * inverse).round_().to(torch.int8)
         """[out_features, in_features], int8, and [out_features], float32: its largest element."""
         self._threshold = threshold
         self.bias: nn.Parameter | None = None

@@ -22,18 +22,21 @@ _PART_ELEMENTS = 1 << 20
 """Of a weight that are quantised at a time: their float32 values are 4 MB."""
 
 
-def quantize_weight(weight: Tensor, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, channels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return [out_features, in_features], int8, and [out_features], float32, of a weight.
 
-    most: max|W| of each channel, [out_features]; None: as it is in `weight`.
+    channels: the whole ones that `weight` is cut out of, [out_features, more], for whose scales; in
+    any type, on any device. None: it is whole itself.
     """
     whole = torch.empty_like(weight, dtype=torch.int8)
     scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    channels_at_once = max(1, _PART_ELEMENTS // weight.shape[1])
+    width = weight.shape[1] if channels is None else channels.shape[1]
+    channels_at_once = max(1, _PART_ELEMENTS // width)
     for first in range(0, len(weight), channels_at_once):
         part = slice(first, first + channels_at_once)
         exact = weight[part].to(torch.float32, copy=True)
-        scales[part] = (exact.abs().amax(dim=-1) if most is None else most[part].float()) / _MOST
+        seen = exact if channels is None else channels[part].to(weight.dtype).float()
+        scales[part] = seen.abs().amax(dim=-1) / _MOST
         exact /= scales[part, None]
         exact.round_().nan_to_num_(nan=0.0)  # a channel of zeros: 0 / 0
         whole[part] = exact.clamp_(-_MOST, _MOST)
@@ -63,10 +66,10 @@ class Int8Linear(nn.Module):
         weight: Tensor,
         kernels: Kernels | None,
         scales: Tensor | None = None,
-        most: Tensor | None = None,
+        channels: Tensor | None = None,
     ) -> None:
-        """Quantise `weight`, with `most` (see `quantize_weight`), or take one in INT8 with its
-        `scales`, [out_features], float32.
+        """Quantise `weight`, a cut of `channels` (see `quantize_weight`), or take one in INT8 with
+        its `scales`, [out_features], float32.
 
         None of them is kept.
         """
@@ -75,7 +78,7 @@ class Int8Linear(nn.Module):
         self._kernels = kernels
         self._is_packed = False
         if scales is None:
-            self.weight, self.scales = quantize_weight(weight, most)
+            self.weight, self.scales = quantize_weight(weight, channels)
         else:
             self.weight, self.scales = weight.clone(), scales.clone()
         """[out_features, in_features], int8, or packed."""

@@ -170,10 +170,10 @@ class TritonInt8Linear(Int8Linear):
     """An Int8Linear on a GPU. State: none."""
 
     def __init__(
-        self, weight: Tensor, scales: Tensor | None = None, most: Tensor | None = None
+        self, weight: Tensor, scales: Tensor | None = None, channels: Tensor | None = None
     ) -> None:
         """Quantise `weight`, or, with its `scales`, take what is quantised, as Int8Linear does."""
-        super().__init__(weight, None, scales, most)
+        super().__init__(weight, None, scales, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b. x: [..., in_features]; the result in x's type."""

@@ -36,10 +36,12 @@ def with_layers(
     if store.device != CPU:
         needs = "Triton, which torch for GPUs brings"
         layer = _import("int8_triton", "int8", store.device, needs).TritonInt8Linear
-        return replace(store, quantize=lambda weight, most: layer(weight, most=most), restore=layer)
+        return replace(
+            store, quantize=lambda weight, channels: layer(weight, None, channels), restore=layer
+        )
     return replace(
         store,
-        quantize=lambda weight, most: Int8Linear(weight, kernels, most=most),
+        quantize=lambda weight, channels: Int8Linear(weight, kernels, None, channels),
         restore=lambda weight, scales: Int8Linear(weight, kernels, scales),
     )
 
@@ -62,7 +64,10 @@ def _with_bitsandbytes(store: WeightStore, quantization: Quantization) -> Weight
     if quantization.method == BNB_NF4:
         return replace(store, quantize=lambda weight, _: module.BnbNf4Linear(weight))
     threshold = quantization.bnb_int8_threshold
-    return replace(store, quantize=lambda weight, _: module.BnbInt8Linear(weight, threshold))
+    return replace(
+        store,
+        quantize=lambda weight, channels: module.BnbInt8Linear(weight, threshold, channels),
+    )
 
 
 def _import(name: str, method: str, device: torch.device, needs: str) -> ModuleType:
