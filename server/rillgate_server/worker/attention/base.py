@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rillgate_server.worker.layer_cache import LayerCache, SlotMapping
+
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
@@ -61,6 +63,28 @@ class AttentionStep(Protocol):
 
         query: [num_heads, num_tokens, key_dim]; key: [num_kv_heads, num_tokens, key_dim]; value:
         [num_kv_heads, num_tokens, value_dim]. Returns [num_tokens, num_heads, value_dim].
+        """
+        ...
+
+
+class ReadingStep(AttentionStep, Protocol):
+    """A step that reads what somebody else has stored: the layers around it store keys and values
+    themselves, in the kernel that rotates them."""
+
+    @property
+    def slot_mapping(self) -> SlotMapping:
+        """Where the step's tokens go; on the device."""
+        ...
+
+    def cache(self, layer_index: int) -> LayerCache:
+        """Return where a layer's keys and values are kept."""
+        ...
+
+    def read(self, layer_index: int, query: Tensor, scaling: float) -> Tensor:
+        """Attend to what the cache holds by now, the step's own tokens included.
+
+        query: [num_tokens, num_heads, key_dim], of any strides but the last. Returns [num_tokens,
+        num_heads, value_dim].
         """
         ...
 
