@@ -11,8 +11,9 @@ import torch
 from rillgate_server.core.random_draw import uniform
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import SlotStart
-from rillgate_server.worker.sampler import sample, token_logprobs
+from rillgate_server.worker.sampler import sample
 from rillgate_server.worker.slot_sampling import SlotSampling
+from rillgate_server.worker.token_scores import TokenScores
 
 VOCAB_SIZE = 50
 
@@ -259,6 +260,6 @@ def test_logprobs_are_of_the_raw_logits_and_best_first() -> None:
 def test_token_logprobs_with_no_alternatives_gives_the_given_tokens_alone() -> None:
     """`num_top` 0 is allowed."""
     logits = torch.randn(4, VOCAB_SIZE)
-    rows = token_logprobs(logits, [1, 2, 3, 4], 0)
+    rows = TokenScores.of(logits, [1, 2, 3, 4], 0).read()
     assert [row.token_id for row in rows] == [1, 2, 3, 4]
     assert all(row.top == () for row in rows)

@@ -153,6 +153,8 @@ class StepTimes:
     sample_s: float = 0.0
     draft_s: float = 0.0
     """Of the draft model."""
+    device_idle_s: float = 0.0
+    """Before this step, since the end of the one before: the device had nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)

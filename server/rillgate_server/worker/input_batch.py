@@ -4,7 +4,7 @@ Owns slots: their tokens, block tables, and sampling state, from SlotStart to `e
 not know who a slot belongs to, nor attention, nor logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,14 @@ from rillgate_server.core.step import RowPlan, SlotStart, StepPlan
 from rillgate_server.errors import EngineFailure
 from rillgate_server.worker.attention.base import PackedRow, PackedStep
 from rillgate_server.worker.slot_sampling import SlotSampling
+from rillgate_server.worker.step_arrays import UNKNOWN, Run, StepArrays
 
 _MIN_TABLE_BLOCKS = 64
 """Width of the first block tables; they double when a slot needs more."""
+
+
+_LOGPROB_POSITIONS = 128
+"""Prompt positions whose logits exist at a time: 128 x 150,000 float32 are 77 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +46,26 @@ class SlotState:
     num_blocks: int
     """Filled entries of its block table."""
     sampling: SlotSampling
+    num_pending: int = 0
+    """Tokens behind these that were drawn on the device and are not known here yet."""
 
     def append(self, token_id: int) -> None:
         """Note a sampled token."""
         self.token_ids.append(token_id)
         self.sampling.append(token_id)
+
+    def prompt_parts(self, row: RowPlan, hidden: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
+        """Give the states of a row that speak of prompt tokens, with those tokens, in parts.
+
+        The logits at position p speak of the token at p + 1: a chunk covers what its own positions
+        predict, so the chunk that ends at p needs the first token of the next one, and the last
+        prompt position speaks of no prompt token. hidden: [row.num_tokens, hidden_size].
+        """
+        end = min(row.start + row.num_tokens + 1, self.num_prompt_tokens)
+        following = self.token_ids[row.start + 1 : end]
+        for i in range(0, len(following), _LOGPROB_POSITIONS):
+            token_ids = following[i : i + _LOGPROB_POSITIONS]
+            yield hidden[i : i + len(token_ids)], token_ids
 
 
 class InputBatch:
@@ -112,6 +132,27 @@ class InputBatch:
             )
         return pack_runs(runs, self._block_size)
 
+    def arrays(self, rows: Sequence[RowPlan]) -> StepArrays:
+        """Lay all rows' tokens behind one another, as `pack` does, for a GPU.
+
+        Tokens that are pending are UNKNOWN.
+        """
+        tables = self._tables.numpy()
+        runs: list[Run] = []
+        for row in rows:
+            state, table = self.slot(row.slot), tables[row.slot]
+            end = row.start + row.num_tokens
+            self._check(row, state, end)
+            known_end = end - len(row.draft_token_ids)
+            token_ids = state.token_ids[row.start : known_end]
+            token_ids += [UNKNOWN] * (known_end - row.start - len(token_ids))
+            runs.append(Run(row.slot, row.start, token_ids, table))
+            runs.extend(
+                Run(row.slot, position, (draft,), table)
+                for position, draft in enumerate(row.draft_token_ids, known_end)
+            )
+        return StepArrays.of(runs, self._block_size)
+
     def block_table(self, slot: int) -> Tensor:
         """Return a slot's block table, as PackedRow has it."""
         return self._tables[slot]
@@ -157,7 +198,7 @@ class InputBatch:
 
     def _check(self, row: RowPlan, state: SlotState, end: int) -> None:
         """Refuse a row that names what is not there: a wrong plan must not read others' memory."""
-        num_drafts, num_known = len(row.draft_token_ids), len(state.token_ids)
+        num_drafts, num_known = len(row.draft_token_ids), len(state.token_ids) + state.num_pending
         known_end = end - num_drafts
         if row.start < 0 or known_end <= row.start or known_end > num_known:
             raise EngineFailure(

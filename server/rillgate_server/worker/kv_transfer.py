@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 Pairs = Sequence[tuple[int, int]]
 """(source block, target block)."""
 
+COPY_WAIT_S = 0.005
+"""A plan without rows waits for a copy no longer than this: commands come in between plans."""
 _THREAD_NAME = "rillgate-copies"
 
 

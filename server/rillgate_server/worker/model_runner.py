@@ -13,28 +13,24 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from rillgate_server.core.step import (
-    FailedRow,
-    RowPlan,
-    StepPlan,
-    StepResult,
-    StepTimes,
-    TokenLogprobs,
-)
+from rillgate_server.core.step import RowPlan, StepPlan, StepResult, StepTimes, TokenLogprobs
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.compute_device import CPU, wait_for
 from rillgate_server.worker.draft_model import DraftModel
 from rillgate_server.worker.input_batch import InputBatch
 from rillgate_server.worker.kv_storage import KVStorage
-from rillgate_server.worker.kv_transfer import KVTransfer
+from rillgate_server.worker.kv_transfer import COPY_WAIT_S, KVTransfer
 from rillgate_server.worker.network.base import Network
-from rillgate_server.worker.sampler import SampledToken, sample, token_logprobs
-
-_LOGPROB_POSITIONS = 128
-"""Prompt positions whose logits exist at a time: 128 x 150,000 float32 are 77 MB."""
-_COPY_WAIT_S = 0.005
-"""A plan without rows waits for a copy no longer than this: commands come in between plans."""
+from rillgate_server.worker.sampler import SampledToken, sample
+from rillgate_server.worker.step_rows import (
+    PromptLogprobs,
+    draft_positions,
+    make_result,
+    prompt_rows,
+    sampled_positions,
+)
+from rillgate_server.worker.token_scores import TokenScores
 
 
 class ModelRunner:
@@ -78,7 +74,7 @@ class ModelRunner:
             self._transfer.begin(job)
         result = self._compute(plan)
         if not plan.rows:
-            self._transfer.wait_any(_COPY_WAIT_S)
+            self._transfer.wait_any(COPY_WAIT_S)
         finished = self._transfer.take_finished()
         return replace(result, finished_copies=finished) if finished else result
 
@@ -103,7 +99,7 @@ class ModelRunner:
         device = self._storage.bytes.device
         hidden, rows = self._hidden(plan.rows)
         sampling_rows = [row for row in rows if row.samples]
-        sampled_at = _sampled_positions(rows).to(device)
+        sampled_at = torch.tensor(sampled_positions(rows), dtype=torch.int64, device=device)
         logits = self._network.logits(hidden[sampled_at]) if sampling_rows else None
         if logits is not None:
             logits = logits.to(CPU)
@@ -117,7 +113,7 @@ class ModelRunner:
         done = time.perf_counter()
         proposals, draft_s = self._propose(sampling_rows, sampled)
         times = StepTimes(computed - begin, done - computed, draft_s)
-        result = _result(plan.step_id, sampling_rows, sampled, prompt_logprobs, times)
+        result = make_result(plan.step_id, sampling_rows, sampled, prompt_logprobs, times)
         return replace(result, proposals=proposals) if any(proposals) else result
 
     def _propose(
@@ -172,96 +168,28 @@ class ModelRunner:
         """
         step = self._batch.pack(rows).on(self._storage.bytes.device)
         hidden = self._network.hidden(step.token_ids, step.positions, self._attention.prepare(step))
-        drafts = _draft_positions(rows).to(hidden.device)
+        drafts = torch.tensor(draft_positions(rows), dtype=torch.int64, device=hidden.device)
         if not len(drafts) or torch.isfinite(hidden[drafts]).all():
             return hidden, rows
         blocks, offsets = step.slot_mapping
         self._storage.clear_tokens((blocks[drafts], offsets[drafts]))
         return self._hidden([_without_drafts(row) for row in rows])
 
-    def _prompt_logprobs(
-        self, rows: Sequence[RowPlan], hidden: Tensor
-    ) -> tuple[tuple[int, tuple[TokenLogprobs, ...]], ...]:
-        """Give each asking row's (slot, log-probabilities of the prompt tokens that follow).
-
-        The logits at position p speak of the token at p + 1: a chunk covers what its own positions
-        predict, so the chunk that ends at p needs the first token of the next one, and the last
-        prompt position speaks of no prompt token.
-        """
+    def _prompt_logprobs(self, rows: Sequence[RowPlan], hidden: Tensor) -> PromptLogprobs:
+        """Give each asking row's (slot, log-probabilities of the prompt tokens that follow)."""
         found = []
-        offset = 0
-        for row in rows:
-            if row.prompt_logprobs:
-                own = hidden[offset : offset + row.num_tokens]
-                found.append((row.slot, self._row_prompt_logprobs(row, own)))
-            offset += row.num_tokens
+        for row, own in prompt_rows(rows, hidden):
+            slot = self._batch.slot(row.slot)
+            num_top = slot.sampling.params.num_prompt_logprobs or 0
+            logprobs: list[TokenLogprobs] = []
+            for states, token_ids in slot.prompt_parts(row, own):
+                logits = self._network.logits(states)
+                if logits is not None:
+                    logprobs.extend(TokenScores.of(logits.to(CPU), token_ids, num_top).read())
+            found.append((row.slot, tuple(logprobs)))
         return tuple(found)
-
-    def _row_prompt_logprobs(self, row: RowPlan, hidden: Tensor) -> tuple[TokenLogprobs, ...]:
-        slot = self._batch.slot(row.slot)
-        end = min(row.start + row.num_tokens + 1, slot.num_prompt_tokens)
-        following = slot.token_ids[row.start + 1 : end]
-        num_top = slot.sampling.params.num_prompt_logprobs or 0
-        logprobs: list[TokenLogprobs] = []
-        for i in range(0, len(following), _LOGPROB_POSITIONS):
-            token_ids = following[i : i + _LOGPROB_POSITIONS]
-            logits = self._network.logits(hidden[i : i + len(token_ids)])
-            if logits is not None:
-                logprobs.extend(token_logprobs(logits.to(CPU), token_ids, num_top))
-        return tuple(logprobs)
-
-
-def _draft_positions(rows: Sequence[RowPlan]) -> Tensor:
-    """Return where in the packed step the drafts lie. [num_drafts], int64."""
-    found: list[int] = []
-    end = 0
-    for row in rows:
-        end += row.num_tokens
-        found.extend(range(end - len(row.draft_token_ids), end))
-    return torch.tensor(found, dtype=torch.int64)
 
 
 def _without_drafts(row: RowPlan) -> RowPlan:
     num_known = row.num_tokens - len(row.draft_token_ids)
     return replace(row, num_tokens=num_known, draft_token_ids=())
-
-
-def _sampled_positions(rows: Sequence[RowPlan]) -> Tensor:
-    """Return where in the packed step each sampling row's last known token and its drafts lie.
-    [num_positions], int64."""
-    found: list[int] = []
-    end = 0
-    for row in rows:
-        end += row.num_tokens
-        if row.samples:
-            found.extend(range(end - 1 - len(row.draft_token_ids), end))
-    return torch.tensor(found, dtype=torch.int64)
-
-
-def _result(
-    step_id: int,
-    rows: Sequence[RowPlan],
-    sampled: Sequence[Sequence[SampledToken]],
-    prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...],
-    times: StepTimes,
-) -> StepResult:
-    """Say it in plain types."""
-    logprobs = tuple(
-        tuple(token.logprobs for token in tokens if token.logprobs is not None)
-        for tokens in sampled
-    )
-    return StepResult(
-        step_id=step_id,
-        token_ids=tuple(
-            tuple(token.token_id for token in tokens if token.token_id is not None)
-            for tokens in sampled
-        ),
-        logprobs=logprobs if any(logprobs) else (),
-        prompt_logprobs=prompt_logprobs,
-        failed_rows=tuple(
-            FailedRow(row.slot, "the model gave a NaN or no finite logit")
-            for row, tokens in zip(rows, sampled, strict=True)
-            if not tokens
-        ),
-        times=times,
-    )

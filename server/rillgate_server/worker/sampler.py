@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rillgate_server.core.step import TokenLogprobs
 from rillgate_server.worker.slot_sampling import SlotSampling
+from rillgate_server.worker.token_scores import TokenScores
 
 _NUCLEUS_CANDIDATES = 1024
 """Likeliest tokens that are looked at before a full sort: a nucleus is rarely larger, and picking
@@ -65,28 +66,12 @@ def sample(logits: Tensor, slots: Sequence[SlotSampling]) -> list[SampledToken]:
     ]
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """Return the log-probability of a given token and the `num_top` likeliest per position.
-
-    logits: [num_positions, vocab_size], raw. token_ids: one per position.
-    """
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0]
-    values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-    return [
-        TokenLogprobs(token_id, logprob, tuple(zip(top_ids, top_values, strict=True)))
-        for token_id, logprob, top_ids, top_values in zip(
-            token_ids, chosen.tolist(), ids.tolist(), values.tolist(), strict=True
-        )
-    ]
-
-
 def _logprobs_if_asked(
     row: Tensor, token_id: int | None, slot: SlotSampling
 ) -> TokenLogprobs | None:
     if slot.params.num_logprobs is None or token_id is None:
         return None
-    return token_logprobs(row[None], [token_id], slot.params.num_logprobs)[0]
+    return TokenScores.of(row[None], [token_id], slot.params.num_logprobs).read()[0]
 
 
 def _draw(logits: Tensor, slots: Sequence[SlotSampling]) -> list[int | None]:

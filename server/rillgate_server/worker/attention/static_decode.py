@@ -63,6 +63,11 @@ class StaticDecode:
         return f"StaticDecode({self._arrays.nbytes} bytes)"
 
     @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._attention.device
+
+    @property
     def num_bytes(self) -> int:
         """On the device."""
         return self._arrays.nbytes + self._parts.found.nbytes + self._parts.sums.nbytes
@@ -87,6 +92,11 @@ class StaticDecode:
         return TritonStep(
             self._attention, (tuple(pieces),), self._arrays[at:], slot_mapping, self._parts
         )
+
+    def fill_empty(self, num_rows: int) -> None:
+        """Lay out a step without rows: all are padding."""
+        size = len(self._attention.windows) * self._layout(num_rows).window_size
+        self._arrays[:size] = 0
 
     def fill(self, num_rows: int, starts: Ints, tables: list[Ints]) -> bool:
         """Lay out one step of at most `num_rows` decode rows; False: there is no room for it.

@@ -99,20 +99,25 @@ class TritonPagedAttention:
     def prepare(self, step: PackedStep) -> "TritonStep":
         """Cut the rows and put all that the kernels need onto the device, in one copy."""
         block_size = self.storage.layout.block_size_tokens
-        tables: list[np.ndarray] = []
-        fields: list[tuple[int, int, int, int]] = []
-        table_at = 0
-        for row in step.rows:
-            num_blocks = -(-(row.start + row.num_tokens) // block_size)
-            tables.append(row.block_table[:num_blocks].numpy())
-            fields.append((row.offset, row.start, row.num_tokens, table_at))
-            table_at += num_blocks
-        of = np.array(fields, dtype=np.int64).T
+        tables = [
+            row.block_table[: -(-(row.start + row.num_tokens) // block_size)].numpy()
+            for row in step.rows
+        ]
+        of = np.array([(row.offset, row.start, row.num_tokens) for row in step.rows]).T
+        return self.prepare_runs((of[0], of[1], of[2]), tables, step.slot_mapping)
+
+    def prepare_runs(
+        self, runs: tuple[Ints, Ints, Ints], tables: list[Ints], slot_mapping: SlotMapping
+    ) -> "TritonStep":
+        """Do the same for runs of (offset in the step, start, number of tokens), with each one's
+        blocks up to its last position; slot_mapping: on the device."""
+        lengths = np.array([len(table) for table in tables])
+        of = np.stack([*runs, np.cumsum(lengths) - lengths])
         is_decode = of[2] == 1
         builder = _Builder(self)
         builder.add_rows(Rows(*of[:, is_decode]), is_decode=True)
         builder.add_rows(Rows(*of[:, ~is_decode]), is_decode=False)
-        return builder.build(np.concatenate(tables), step.slot_mapping)
+        return builder.build(np.concatenate(tables), slot_mapping)
 
     def new_parts(self, num_decode: int, num_chunk: int) -> Parts:
         """Reserve room for so many parts of each kind."""

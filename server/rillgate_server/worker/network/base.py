@@ -11,6 +11,11 @@ from rillgate_server.worker.collectives import Collectives
 class Network(Protocol):
     """A decoder-only model with paged attention. Called from one thread, in inference mode."""
 
+    @property
+    def is_split(self) -> bool:
+        """Whether other ranks compute with it, and wait in collectives for this one."""
+        ...
+
     def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Run all layers over a packed step.
 

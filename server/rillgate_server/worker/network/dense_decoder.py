@@ -197,6 +197,11 @@ class DenseDecoder:
         decoder.layers = nn.ModuleList()
         self._head = self._packed_head(memory)
 
+    @property
+    def is_split(self) -> bool:
+        """See Network."""
+        return self._collectives is not None
+
     def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Run all layers over a packed step (Network.hidden)."""
         dtype = self.model.dtype

@@ -57,6 +57,11 @@ class TransformersNetwork:
         self._decoder = model.get_decoder()
         self._collectives = collectives
 
+    @property
+    def is_split(self) -> bool:
+        """See Network."""
+        return self._collectives is not None
+
     def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Run all layers over a packed step (Network.hidden)."""
         output = self._decoder(
