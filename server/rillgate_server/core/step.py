@@ -30,6 +30,18 @@ from rillgate_server.core.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What a step may hold: the data plane makes room for it at the start."""
+
+    max_running: int
+    """Slots, and rows of a step."""
+    max_step_tokens: int
+    max_context_tokens: int
+    uses_graphs: bool = True
+    """Whether decode steps may be captured in CUDA graphs."""
+
+
+@dataclass(frozen=True, slots=True)
 class SlotStart:
     """A slot that is set up before the step."""
 

@@ -110,7 +110,9 @@ class Worker:
         self.weights = weights
         self.num_pageable_host_blocks = 0
         """Of the host tier, where a GPU copies from it and its memory could not be pinned."""
-        self._runner: ModelRunner | None = None
+        self.uses_triton = False
+        """Whether Triton's kernels compute, on a GPU."""
+        self._runner: Runner | None = None
         self._draft: Worker | None = None
 
     def __repr__(self) -> str:
@@ -137,6 +139,7 @@ class Worker:
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         kernels = load_kernels() if options.device == CPU else None
+        uses_triton = triton_works(options.device)
         store = WeightStore(options.device, free_bytes(options.device))
         store = with_layers(store, weights, kernels)
         sharding, collectives, ranks = None, None, 1
@@ -155,7 +158,9 @@ class Worker:
         shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
         layout = KVLayout.build(options.block_size_tokens, kv_dtype, shapes)
-        return cls(network, replace(spec, dtype=dtype), layout, options.device, weight_bytes)
+        worker = cls(network, replace(spec, dtype=dtype), layout, options.device, weight_bytes)
+        worker.uses_triton = uses_triton
+        return worker
 
     @property
     def draft_block_bytes(self) -> int:
@@ -168,24 +173,41 @@ class Worker:
         check_draft_model(draft.spec, self.spec)
         self._draft = draft
 
+    @property
+    def max_plans_in_flight(self) -> int:
+        """How many plans `begin` takes before the first must be finished."""
+        is_pipelined = self.uses_triton and not self.network.is_split
+        return MAX_PLANS_IN_FLIGHT if is_pipelined else 1
+
     def allocate_cache(
-        self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
+        self,
+        num_device_blocks: int,
+        num_host_blocks: int = 0,
+        audit: bool = False,
+        limits: StepLimits | None = None,
     ) -> None:
         """Reserve both tiers; slots and blocks of earlier ones are gone. Raises OutOfMemory.
 
         `audit`: checksum blocks on their way to the host tier (plans say what must come back).
+        `limits`: what steps may hold; a GPU's decode steps are captured for them.
         """
         self.close()  # its memory counts as free for the new one
         tiers = reserve_tiers(self.layout, num_device_blocks, num_host_blocks, self.device)
         self.num_pageable_host_blocks = tiers.host.num_pageable_blocks
-        self._runner = ModelRunner(
-            self.network,
-            make_attention(tiers.device, _DTYPES[self.spec.dtype]),
-            tiers.device,
-            KVTransfer(tiers, audit=audit),
-            self.spec.vocab_size,
-            self._draft_model(tiers),
-        )
+        transfer = KVTransfer(tiers, audit=audit)
+        attention = self._attention_over(tiers.device)
+        draft, vocab_size = self._draft_model(tiers), self.spec.vocab_size
+        if self.uses_triton:
+            make = import_module("rillgate_server.worker.gpu_step").make_device_runner
+            self._runner = make(self.network, attention, transfer, vocab_size, limits, draft)
+        else:
+            self._runner = ModelRunner(
+                self.network, attention, tiers.device, transfer, vocab_size, draft
+            )
+
+    def _attention_over(self, storage: KVStorage) -> AttentionBackend:
+        dtype = _DTYPES[self.spec.dtype]
+        return make_attention(storage, dtype, self.network, uses_triton=self.uses_triton)
 
     def _draft_model(self, tiers: BlockCopier) -> DraftModel | None:
         draft, storage = self._draft, tiers.device
@@ -196,8 +218,8 @@ class Worker:
         own = KVStorage(
             draft.layout, storage.num_blocks, device=self.device, taken_bytes=taken_bytes
         )
-        attention = make_attention(own, _DTYPES[draft.spec.dtype])
-        return DraftModel(draft.network, attention, own, DraftSize.of(draft.spec, self.spec))
+        size = DraftSize.of(draft.spec, self.spec)
+        return DraftModel(draft.network, draft._attention_over(own), own, size)
 
     def close(self) -> None:
         """Give the cache up and end its copies."""
@@ -212,9 +234,25 @@ class Worker:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one plan. Raises EngineFailure for one that contradicts what went before."""
+        return self._ready_runner().execute(plan)
+
+    def begin(self, plan: StepPlan) -> None:
+        """Hand one plan to the GPU; see PipelinedExecutor. Where max_plans_in_flight is over 1."""
+        self._device_runner().begin(plan)
+
+    def finish(self) -> StepResult:
+        """Wait for the plan that was begun first."""
+        return self._device_runner().finish()
+
+    def _ready_runner(self) -> "Runner":
         if self._runner is None:
-            raise EngineFailure("execute was called before allocate_cache")
-        return self._runner.execute(plan)
+            raise EngineFailure("a plan came before allocate_cache")
+        return self._runner
+
+    def _device_runner(self) -> "PipelinedRunner":
+        runner = self._ready_runner()
+        assert not isinstance(runner, ModelRunner), runner
+        return runner
 
 
 def choose_network(

@@ -1,5 +1,8 @@
 """Which attention computes over a storage. Does not know how any of them works."""
 
+import logging
+from importlib import import_module
+
 import torch
 
 from rillgate_server.worker.attention.base import AttentionBackend
@@ -7,12 +10,37 @@ from rillgate_server.worker.attention.paged import PagedAttention, can_attend
 from rillgate_server.worker.attention.sdpa import SdpaAttention
 from rillgate_server.worker.kernels.library import load_kernels
 from rillgate_server.worker.kv_storage import KVStorage
+from rillgate_server.worker.network.base import Network
+
+_log = logging.getLogger(__name__)
 
 
-def make_attention(storage: KVStorage, dtype: torch.dtype) -> AttentionBackend:
-    """Take the C++ kernels for a model of `dtype` where they are there and can, torch's else."""
+def make_attention(
+    storage: KVStorage, dtype: torch.dtype, network: Network, *, uses_triton: bool
+) -> AttentionBackend:
+    """Take the kernels for a model of `dtype` where they are there and can, torch's else."""
+    if uses_triton:
+        module = import_module("rillgate_server.worker.attention.triton_paged")
+        backend: AttentionBackend = module.TritonPagedAttention(storage, network.num_heads, dtype)
+        return backend
     if can_attend(storage.layout, dtype, storage.bytes.device):
         kernels = load_kernels()
         if kernels is not None and kernels.has_attention:
             return PagedAttention(storage, kernels)
     return SdpaAttention(storage, dtype)
+
+
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device: it compiles them there, with a C compiler."""
+    if device.type != "cuda":
+        return False
+    try:
+        import_module("rillgate_server.worker.attention.triton_paged").try_kernels(device)
+    except Exception as error:  # the border to a compiler, which may fail in any way
+        _log.warning(
+            "Triton does not work here, and a step will take several times as long: %s: %s",
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True

@@ -30,7 +30,7 @@ from rillgate_server.worker.attention.tiles import (
     cut,
 )
 from rillgate_server.worker.kv_storage import KVStorage
-from rillgate_server.worker.layer_cache import CachedVectors, Int8Vectors, LayerCache, SlotMapping
+from rillgate_server.worker.layer_cache import CachedVectors, ExactVectors, Int8Vectors, LayerCache, SlotMapping
 
 _MIN_LINES = 16
 """Of a tile: what a product takes on the matrix units."""
@@ -305,6 +305,15 @@ class TritonStep:
                 PADDED=_padded(of.value_dim),
                 num_warps=tile.num_warps,
             )
+
+
+def try_kernels(device: torch.device) -> None:
+    """Launch one of them, to see whether they can be; raises whatever goes wrong."""
+    vectors = torch.ones(1, 1, 16, device=device)
+    kept = ExactVectors((1, 16), torch.zeros(1, 1, 1, 16, device=device), vectors[0])
+    where = torch.zeros(1, dtype=torch.int64, device=device)
+    _store(kept, vectors, (where, where))
+    assert bool(torch.equal(kept.tokens.view(-1), vectors.view(-1)))
 
 
 def pinned_int32(size: int, device: torch.device) -> Tensor:

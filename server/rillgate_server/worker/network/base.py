@@ -12,6 +12,17 @@ class Network(Protocol):
     """A decoder-only model with paged attention. Called from one thread, in inference mode."""
 
     @property
+    def num_heads(self) -> int:
+        """Of queries, on this rank."""
+        ...
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a step launches the same work whatever its tokens are, and never waits for the
+        device: a CUDA graph can hold it."""
+        ...
+
+    @property
     def is_split(self) -> bool:
         """Whether other ranks compute with it, and wait in collectives for this one."""
         ...

@@ -198,6 +198,16 @@ class DenseDecoder:
         self._head = self._packed_head(memory)
 
     @property
+    def num_heads(self) -> int:
+        """See Network."""
+        return self._heads[0]
+
+    @property
+    def is_capturable(self) -> bool:
+        """See Network; it computes on CPUs."""
+        return False
+
+    @property
     def is_split(self) -> bool:
         """See Network."""
         return self._collectives is not None

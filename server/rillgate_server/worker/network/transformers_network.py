@@ -58,6 +58,17 @@ class TransformersNetwork:
         self._collectives = collectives
 
     @property
+    def num_heads(self) -> int:
+        """See Network."""
+        ranks = 1 if self._collectives is None else self._collectives.ranks
+        return int(self.model.config.num_attention_heads) // ranks
+
+    @property
+    def is_capturable(self) -> bool:
+        """See Network; what modules do that we have not read, nobody knows."""
+        return False
+
+    @property
     def is_split(self) -> bool:
         """See Network."""
         return self._collectives is not None
