@@ -42,8 +42,6 @@ from rillgate_server.worker.step_rows import (
 )
 from rillgate_server.worker.token_scores import TokenScores, on_device
 
-MAX_PLANS_IN_FLIGHT = 2
-
 
 @dataclass(slots=True)
 class _Begun:

@@ -6,7 +6,9 @@ Owns the choice of types and threads. Does not know requests; sees block numbers
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -14,11 +16,12 @@ from transformers import PreTrainedModel
 from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
 from rillgate_server.core.quantization import Quantization, resolve_quantization
-from rillgate_server.core.step import StepPlan, StepResult
+from rillgate_server.core.step import StepLimits, StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.errors import ConfigError, EngineFailure
 from rillgate_server.worker.allocator import keep_freed_memory, return_freed_memory
-from rillgate_server.worker.attention.choice import make_attention
+from rillgate_server.worker.attention.base import AttentionBackend
+from rillgate_server.worker.attention.choice import make_attention, triton_works
 from rillgate_server.worker.collectives import Collectives
 from rillgate_server.worker.compute_device import CPU, free_bytes
 from rillgate_server.worker.draft_model import DraftModel, DraftSize, check_draft_model
@@ -38,6 +41,7 @@ from rillgate_server.worker.packed_linear import pack_linear_layers
 from rillgate_server.worker.quantization.int8 import pack_int8_layers
 from rillgate_server.worker.quantization.methods import with_layers
 from rillgate_server.worker.rank_group import RankGroup
+from rillgate_server.worker.runner import PipelinedRunner, Runner
 from rillgate_server.worker.sharding import (
     Sharding,
     check_split,
@@ -50,6 +54,8 @@ _log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """What CPUs and GPUs compute well."""
+MAX_PLANS_IN_FLIGHT = 2
+"""Of a whole model on a GPU: one that runs, and the next."""
 _INSTEAD = {"float16": "bfloat16", "float64": "float32"}
 """What `auto` takes for a checkpoint in a type that CPUs compute slowly: the same memory."""
 
@@ -207,7 +213,8 @@ class Worker:
 
     def _attention_over(self, storage: KVStorage) -> AttentionBackend:
         dtype = _DTYPES[self.spec.dtype]
-        return make_attention(storage, dtype, self.network, uses_triton=self.uses_triton)
+        heads = self.network.num_heads if self.uses_triton else None
+        return make_attention(storage, dtype, heads)
 
     def _draft_model(self, tiers: BlockCopier) -> DraftModel | None:
         draft, storage = self._draft, tiers.device
@@ -244,15 +251,15 @@ class Worker:
         """Wait for the plan that was begun first."""
         return self._device_runner().finish()
 
-    def _ready_runner(self) -> "Runner":
+    def _ready_runner(self) -> Runner:
         if self._runner is None:
             raise EngineFailure("a plan came before allocate_cache")
         return self._runner
 
-    def _device_runner(self) -> "PipelinedRunner":
+    def _device_runner(self) -> PipelinedRunner:
         runner = self._ready_runner()
-        assert not isinstance(runner, ModelRunner), runner
-        return runner
+        assert self.uses_triton, runner
+        return cast(PipelinedRunner, runner)
 
 
 def choose_network(

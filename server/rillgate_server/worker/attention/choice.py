@@ -10,18 +10,20 @@ from rillgate_server.worker.attention.paged import PagedAttention, can_attend
 from rillgate_server.worker.attention.sdpa import SdpaAttention
 from rillgate_server.worker.kernels.library import load_kernels
 from rillgate_server.worker.kv_storage import KVStorage
-from rillgate_server.worker.network.base import Network
 
 _log = logging.getLogger(__name__)
 
 
 def make_attention(
-    storage: KVStorage, dtype: torch.dtype, network: Network, *, uses_triton: bool
+    storage: KVStorage, dtype: torch.dtype, triton_heads: int | None = None
 ) -> AttentionBackend:
-    """Take the kernels for a model of `dtype` where they are there and can, torch's else."""
-    if uses_triton:
+    """Take the kernels for a model of `dtype` where they are there and can, torch's else.
+
+    `triton_heads`: heads of queries, where Triton works.
+    """
+    if triton_heads is not None:
         module = import_module("rillgate_server.worker.attention.triton_paged")
-        backend: AttentionBackend = module.TritonPagedAttention(storage, network.num_heads, dtype)
+        backend: AttentionBackend = module.TritonPagedAttention(storage, triton_heads, dtype)
         return backend
     if can_attend(storage.layout, dtype, storage.bytes.device):
         kernels = load_kernels()

@@ -30,7 +30,13 @@ from rillgate_server.worker.attention.tiles import (
     cut,
 )
 from rillgate_server.worker.kv_storage import KVStorage
-from rillgate_server.worker.layer_cache import CachedVectors, ExactVectors, Int8Vectors, LayerCache, SlotMapping
+from rillgate_server.worker.layer_cache import (
+    CachedVectors,
+    ExactVectors,
+    Int8Vectors,
+    LayerCache,
+    SlotMapping,
+)
 
 _MIN_LINES = 16
 """Of a tile: what a product takes on the matrix units."""
