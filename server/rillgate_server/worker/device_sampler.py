@@ -128,6 +128,7 @@ class DeviceSampler:
         part_len: int = PART_LEN,
     ) -> None:
         """Start without slots. `num_slots` have room; `part_len` is a power of two."""
+        self.vocab_size = vocab_size
         self._tables = SamplingTables(vocab_size, device, num_slots)
         self._device = device
         self._part_len = part_len

@@ -200,7 +200,7 @@ class DenseDecoder:
     @property
     def num_heads(self) -> int:
         """See Network."""
-        return self._heads[0]
+        return int(self._heads[0])
 
     @property
     def is_capturable(self) -> bool:
