@@ -41,6 +41,8 @@ class Collectives:
         self.rank = rank
         self.ranks = ranks
         self.num_entered = 0
+        self.is_on_device = BACKENDS[device.type] == "nccl"
+        """Whether they run in the device's stream, without the host."""
         try:
             dist.init_process_group(
                 BACKENDS[device.type],

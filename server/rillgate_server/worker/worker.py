@@ -159,7 +159,8 @@ class Worker:
         if collectives is not None:
             connect_embedding(model, collectives)
         split = None if sharding is None or collectives is None else (sharding, collectives)
-        network = choose_network(model, kernels, split)
+        network = _choose_gpu_network(model, split) if uses_triton else None
+        network = network or choose_network(model, kernels, split)
         keep_freed_memory()
         shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
@@ -276,6 +277,17 @@ def choose_network(
     if split is not None:
         connect_layers(model, *split)
     return TransformersNetwork(model, collectives)
+
+
+def _choose_gpu_network(
+    model: PreTrainedModel, split: tuple[Sharding, Collectives] | None
+) -> Network | None:
+    """Take the fused layers for a filled model where Triton works and they can."""
+    module = import_module("rillgate_server.worker.network.gpu_decoder")
+    if not module.can_compute(model, model.device):
+        return None
+    network: Network = module.GpuDecoder(model, None if split is None else split[1])
+    return network
 
 
 def check_ranks(model_dir: Path, ranks: int) -> None:
