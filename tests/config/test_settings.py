@@ -42,7 +42,12 @@ def test_flags_win_over_environment_over_file_over_defaults(
         ("gateway", "listen", "nowhere", "gateway.listen is 'nowhere'; allowed: HOST:PORT"),
         ("gateway", "listen", "host:99999", "gateway.listen is 'host:99999'; allowed: HOST:PORT"),
         ("gateway", "keepalive_s", "nan", "gateway.keepalive_s is nan; allowed: 0.1 to 7200"),
-        ("model", "dtype", "int3", "model.dtype is 'int3'; allowed: auto, bfloat16, float32"),
+        (
+            "model",
+            "dtype",
+            "int3",
+            "model.dtype is 'int3'; allowed: auto, bfloat16, float16, float32",
+        ),
         ("speculation", "method", "wild", "speculation.method is 'wild'; allowed: off, prompt-"),
         ("speculation", "method", "draft-model", "without speculation.draft_model; allowed: a"),
         ("speculation", "max_draft_tokens", "0", "speculation.max_draft_tokens is 0; allowed: 1"),

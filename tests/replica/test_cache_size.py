@@ -45,6 +45,7 @@ def on_gpu(device_bytes: int, host_bytes: int) -> FreeMemory:
         ("auto", "4MB", on_cpu(10 * MEGABYTE), (30, 40)),
         ("auto", "auto", on_gpu(10 * MEGABYTE, 20 * MEGABYTE), (50, 100)),
         ("auto", "auto", on_gpu(10 * MEGABYTE, MEGABYTE), (50, 0)),
+        ("auto", "0", replace(on_gpu(10 * MEGABYTE, MEGABYTE), is_measured=True), (95, 0)),
         ("auto", "20MB", on_gpu(10 * MEGABYTE, 20 * MEGABYTE), (50, 200)),
         ("5MB", "5MB", on_cpu(10 * MEGABYTE), (50, 50)),
         ("700KB", "700KB", on_cpu(10 * MEGABYTE), (7, 7)),
@@ -127,7 +128,7 @@ def test_a_device_tier_below_one_request_of_the_context_length_is_refused() -> N
 def test_an_automatic_device_tier_below_it_says_what_was_free() -> None:
     """Half of 1.3 MB is six blocks; so is half of what a host tier of 1 MB leaves of 2.3 MB."""
     for host, free in (("0", on_cpu(1_300_000)), ("1MB", on_cpu(2_300_000))):
-        with pytest.raises(ConfigError, match=r"half of the 1300000 bytes.*6 blocks.*needs 7 bl"):
+        with pytest.raises(ConfigError, match=r"0.5 of the 1300000 bytes.*6 blocks.*needs 7 bl"):
             sizes("auto", host, free)
 
 

@@ -23,13 +23,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rillgate_server.core.step import CopyDirection, StepPlan, StepResult
+from rillgate_server.core.step import CopyDirection, StepLimits, StepPlan, StepResult
 from rillgate_server.errors import RankLost
 from rillgate_server.worker import collectives, rank_group
 from rillgate_server.worker.collectives import Collectives
 from rillgate_server.worker.compute_device import CPU, find_device, free_memory
 from rillgate_server.worker.kv_transfer import BlockCopier, Pairs
 from rillgate_server.worker.rank_executor import RankExecutor
+from rillgate_server.worker.model_runner import ModelRunner
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_loop import run_rank
 from rillgate_server.worker.rendezvous import RankPlace
@@ -168,7 +169,7 @@ def split_model(
 ) -> Iterator[Split]:
     """Give a split model with a small cache, and end it in good order unless a rank is lost."""
     split = join(pool, path, ranks, **order)
-    split.executor.least_free_memory(find_free_memory)
+    split.executor.spare_memory(find_free_memory, StepLimits(64, 512, 512))
     split.executor.allocate_cache(num_blocks, num_host_blocks, bool(num_host_blocks))
     try:
         yield split
@@ -239,11 +240,15 @@ class FaultyWorker(Worker):
     """Step that raises here and nowhere else."""
 
     def allocate_cache(
-        self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
+        self,
+        num_device_blocks: int,
+        num_host_blocks: int = 0,
+        audit: bool = False,
+        limits: StepLimits | None = None,
     ) -> None:
         """Reserve the cache, and put the fault in."""
-        super().allocate_cache(num_device_blocks, num_host_blocks, audit)
-        assert self._runner is not None
+        super().allocate_cache(num_device_blocks, num_host_blocks, audit, limits)
+        assert isinstance(self._runner, ModelRunner)
         transfer = self._runner._transfer
         transfer._copier = FaultyCopier(transfer._copier, self.copies)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import RowPlan, SlotStart, StepLimits, StepPlan, StepResult
+from rillgate_server.worker.attention.base import AttentionStep
 from rillgate_server.worker.attention.triton_paged import TritonPagedAttention
 from rillgate_server.worker.compute_device import CPU
-from rillgate_server.worker.cuda_graphs import DecodeGraphs
 from rillgate_server.worker.device_runner import DeviceRunner
 from rillgate_server.worker.device_sampler import DeviceSampler
 from rillgate_server.worker.gpu_step import capture_decode
@@ -23,10 +23,10 @@ from rillgate_server.worker.model_loader import load_network
 from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.network.gpu_decoder import GpuDecoder
 from rillgate_server.worker.network.transformers_network import TransformersNetwork
-from rillgate_server.worker.step_arrays import StepArrays
+from rillgate_server.worker.step_memory import compute_largest_step
 from rillgate_server.worker.worker import Worker
 from tests.support.checkpoints import VOCAB_SIZE
-from tests.support.planner import Job, Planner
+from tests.support.planner import Executes, Job, Planner
 from tests.support.worker_fixtures import BLOCK_SIZE, MakeCheckpoint, load_worker
 
 NUM_BLOCKS = 100
@@ -54,7 +54,7 @@ def jobs() -> list[Job]:
     ]
 
 
-def run(executor: object, todo: Sequence[Job]) -> list[Job]:
+def run(executor: Executes, todo: Sequence[Job]) -> list[Job]:
     """Run jobs with small budgets."""
     Planner(NUM_BLOCKS, BLOCK_SIZE, step_tokens=24, chunk=9).run(executor, todo)
     return list(todo)
@@ -158,7 +158,7 @@ class SmallMemory:
         self.is_capturable = False
         self.num_heads = network.num_heads
 
-    def hidden(self, tokens: Tensor, positions: Tensor, step: object) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Raise where torch would."""
         if len(tokens) > self.max_tokens:
             raise torch.OutOfMemoryError(f"{len(tokens)} tokens")
@@ -181,3 +181,35 @@ def test_a_step_with_too_little_memory_is_computed_in_halves(checkpoint: MakeChe
     split.is_split = True
     with pytest.raises(torch.OutOfMemoryError):
         run(make_runner(worker, split), jobs())
+
+
+def test_the_largest_step_is_what_limits_allow(checkpoint: MakeCheckpoint) -> None:
+    """Computed at the start to see how much memory it takes: full chunks, all rows drawn."""
+    worker = load_worker(checkpoint("llama"))
+    network = GpuDecoder(load_network(checkpoint("llama"), torch.float32))
+    seen = Watched(network)
+    limits = StepLimits(max_running=3, max_step_tokens=50, max_context_tokens=22)
+    tiers = reserve_tiers(worker.layout, 14, 0, CPU)
+    attention = TritonPagedAttention(tiers.device, network.num_heads, torch.float32)
+    compute_largest_step(seen, attention, worker.spec, limits)
+    assert (seen.num_tokens, seen.num_logits) == ([50], [3])
+
+
+class Watched(SmallMemory):
+    """A network that notes what it computes."""
+
+    def __init__(self, network: Network) -> None:
+        """Note nothing yet."""
+        super().__init__(network, 1 << 30)
+        self.num_tokens: list[int] = []
+        self.num_logits: list[int] = []
+
+    def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
+        """Note the tokens."""
+        self.num_tokens.append(len(tokens))
+        return super().hidden(tokens, positions, step)
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """Note the rows."""
+        self.num_logits.append(len(hidden))
+        return super().logits(hidden)

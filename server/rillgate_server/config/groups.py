@@ -138,7 +138,8 @@ class ModelConfig:
     name: str = ""
     """What callers ask for, at most 256 bytes; empty: the directory's name."""
     dtype: str = "auto"
-    """Of weights and computation: auto (the checkpoint's own), bfloat16 or float32."""
+    """Of weights and computation: auto (the checkpoint's own), bfloat16, float32, or, on GPUs,
+    float16."""
     quantization: str = "none"
     """Of the layers' weights: none, int8 (half of bfloat16's memory), by bitsandbytes bnb-int8 (the
     same, slower) or bnb-nf4 (0.28 of it), or auto (none or int8, what is faster here, measured once
@@ -161,7 +162,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
-        check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        check_choice("model.dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
         check_choice("model.quantization", self.quantization, (*QUANTIZATIONS, AUTO_QUANTIZATION))
         for name in self.quantization_include:
             check_choice("model.quantization_include", name, ALSO_QUANTIZED)
@@ -247,6 +248,9 @@ class ReplicaConfig:
     """Of the machine's memory, for all of this process: its cache takes no more than that leaves;
     0: whatever is free (`rillgate serve` gives each of several its share). Higher: a larger
     cache."""
+    cuda_graphs: bool = True
+    """Whether a GPU's decode steps are captured at the start and replayed: faster steps for some
+    seconds and some hundred MB."""
     drain_grace_s: float = 30.0
     """Time that running requests have to finish after SIGTERM, 0 to 86400 s."""
     name: str = ""

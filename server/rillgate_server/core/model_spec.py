@@ -115,6 +115,8 @@ class FreeMemory:
     host_bytes: int
     is_shared: bool
     """Device and host are the same memory: a replica on CPUs."""
+    is_measured: bool = False
+    """What the largest step takes of the device's memory was measured, and is taken off."""
 
     def least(self, others: Sequence["FreeMemory"]) -> "FreeMemory":
         """Return what all have, where each keeps a part of every block."""
@@ -122,6 +124,7 @@ class FreeMemory:
             min(it.device_bytes for it in (self, *others)),
             min(it.host_bytes for it in (self, *others)),
             self.is_shared,
+            self.is_measured,
         )
 
 

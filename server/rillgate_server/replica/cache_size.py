@@ -1,6 +1,7 @@
 """How many blocks each tier of the cache gets: a pure decision over bytes.
 
-    device tier   as configured; auto: half of what is free, at most what can be useful
+    device tier   as configured; auto: half of what is free (of a GPU's memory nearly all, what the
+                  largest step takes being measured), at most what can be useful
     host tier     as configured; auto: half of the host's free memory, none where both are the same
 
 A tier that is there holds at least one request of the context length: otherwise such a request
@@ -17,6 +18,8 @@ from rillgate_server.errors import ConfigError, OutOfMemory
 FREE_MEMORY_FRACTION = 0.5
 """Of what is free once the weights are there, when nothing is configured: the other half is for
 activations, the gateway and whoever else lives on the machine."""
+MEASURED_FRACTION = 0.95
+"""The same where what steps take is known: the rest is for what the allocator leaves unused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def choose_cache_sizes(config: CacheConfig, free: FreeMemory, demand: CacheDeman
     """
     host_bytes = _host_bytes(config, free, demand)
     taken_bytes = host_bytes if free.is_shared else 0
-    device_bytes = _device_bytes(config, free.device_bytes, taken_bytes, demand)
+    device_bytes = _device_bytes(config, free, taken_bytes, demand)
     return CacheSizes(
         device_bytes // demand.device_block_bytes,
         demand.block_bytes,
@@ -84,16 +87,18 @@ def _host_bytes(config: CacheConfig, free: FreeMemory, demand: CacheDemand) -> i
 
 
 def _device_bytes(
-    config: CacheConfig, free_bytes: int, taken_bytes: int, demand: CacheDemand
+    config: CacheConfig, free: FreeMemory, taken_bytes: int, demand: CacheDemand
 ) -> int:
     """Return the device tier's bytes; `taken_bytes` of the free ones are the host tier's."""
+    free_bytes = free.device_bytes
     size = parse_memory_size("cache.device_memory", config.device_memory, may_be_zero=False)
     asked_bytes = size.of(free_bytes)
     given = f"cache.device_memory is {config.device_memory!r}"
     if asked_bytes is None:
-        half = int((free_bytes - taken_bytes) * FREE_MEMORY_FRACTION)
-        asked_bytes = min(half, demand.num_useful_blocks * demand.device_block_bytes)
-        given += f" (half of the {free_bytes - taken_bytes} bytes that are free)"
+        fraction = MEASURED_FRACTION if free.is_measured else FREE_MEMORY_FRACTION
+        part_bytes = int((free_bytes - taken_bytes) * fraction)
+        asked_bytes = min(part_bytes, demand.num_useful_blocks * demand.device_block_bytes)
+        given += f" ({fraction} of the {free_bytes - taken_bytes} bytes that are free)"
     elif asked_bytes + taken_bytes > free_bytes:
         both = " and cache.host_memory together" if taken_bytes else ""
         raise OutOfMemory(f"cache.device_memory{both}", asked_bytes + taken_bytes, free_bytes)

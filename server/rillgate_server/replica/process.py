@@ -20,6 +20,7 @@ from rillgate_server.core.checkpoint import read_model_spec
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.quantization import Quantization, resolve_quantization
 from rillgate_server.core.release import release_of
+from rillgate_server.core.step import StepLimits
 from rillgate_server.core.step_codec import STEP_FORMAT
 from rillgate_server.errors import RankLost, RillgateError
 from rillgate_server.replica.cache_size import CacheDemand, choose_cache_sizes
@@ -102,7 +103,7 @@ def load_leader(
     worker = _load_worker(settings, model_dir, device, group)
     executor = RankExecutor(worker, group)
     spec = _serving_spec(settings, worker.spec)
-    sizes = _allocate_cache(settings, spec, executor, partial(executor.least_free_memory, own))
+    sizes = _allocate_cache(settings, spec, executor, own)
     # A block of the model has parts on all ranks.
     sizes = replace(sizes, block_bytes=sizes.block_bytes * group.place.ranks)
     return ReadyModel(executor, spec, sizes, worker.weights)
@@ -113,7 +114,7 @@ def join_ranks(settings: Settings, model_dir: Path, place: Place, device: Device
     check_ranks(model_dir, place.ranks)
     return RankGroup.join(
         RankPlace(place.rank, place.ranks, place.host, place.port, place.agent_attempt),
-        _facts(settings, model_dir, place.ranks) | {"device type": device.type},
+        _facts(settings, model_dir, place.ranks, device) | {"device type": device.type},
         device,
     )
 
@@ -187,7 +188,7 @@ def _end_lost() -> int:
     os._exit(EXIT_ENGINE_FAILED)
 
 
-def _facts(settings: Settings, model_dir: Path, ranks: int) -> dict[str, str]:
+def _facts(settings: Settings, model_dir: Path, ranks: int, device: Device) -> dict[str, str]:
     """Return what all ranks must agree on before they load anything."""
     spec = read_model_spec(model_dir)
     return {
@@ -195,7 +196,7 @@ def _facts(settings: Settings, model_dir: Path, ranks: int) -> dict[str, str]:
         "release": ", ".join(f"{name} {release_of(name)}" for name in _RELEASES),
         "step format": str(STEP_FORMAT),
         "model digest": spec.version_digest,
-        "model.dtype": resolve_dtype(settings.model.dtype, spec.dtype),
+        "model.dtype": resolve_dtype(settings.model.dtype, spec.dtype, device.type),
         "model.quantization": resolve_quantization(
             Quantization.of(settings.model), model_dir
         ).version,
@@ -257,9 +258,15 @@ def _allocate_cache(
     worker: Worker | RankExecutor,
     find_free_memory: FindFreeMemory,
 ) -> CacheSizes:
+    limits = StepLimits(
+        settings.batcher.max_running,
+        settings.batcher.max_step_tokens,
+        spec.max_context_tokens,
+        settings.replica.cuda_graphs,
+    )
     sizes = choose_cache_sizes(
         settings.cache,
-        find_free_memory(),
+        worker.spare_memory(find_free_memory, limits),
         CacheDemand(
             spec.max_context_tokens,
             settings.batcher.max_running,
@@ -269,7 +276,9 @@ def _allocate_cache(
             worker.draft_block_bytes,
         ),
     )
-    worker.allocate_cache(sizes.num_device_blocks, sizes.num_host_blocks, settings.cache.audit)
+    worker.allocate_cache(
+        sizes.num_device_blocks, sizes.num_host_blocks, settings.cache.audit, limits
+    )
     for tier, num_blocks in (("device", sizes.num_device_blocks), ("host", sizes.num_host_blocks)):
         _log.info(
             "the cache's %s tier has %d blocks of %d tokens, %.1f MiB in %s",

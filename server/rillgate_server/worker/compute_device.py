@@ -42,9 +42,10 @@ def describe(device: torch.device) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what may still be taken of its memory."""
+    """Return what may still be taken of its memory; what torch only keeps is given back first."""
     if device.type != "cuda":
         return available_bytes()
+    torch.cuda.empty_cache()
     num_bytes, _ = torch.cuda.mem_get_info(device)
     return int(num_bytes)
 

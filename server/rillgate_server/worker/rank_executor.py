@@ -12,10 +12,10 @@ equally many collectives: a plan that contradicts the slots) fails alone, and it
 that raises on some ranks leaves the others inside a collective: the group is lost, RankLost.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from rillgate_server.core.model_spec import FreeMemory, KVLayout, ModelSpec
-from rillgate_server.core.step import CopyDone, StepPlan, StepResult
+from rillgate_server.core.step import CopyDone, StepLimits, StepPlan, StepResult
 from rillgate_server.core.step_codec import (
     RankReport,
     SampledTokens,
@@ -74,20 +74,27 @@ class RankExecutor:
         """See Worker; on rank 0, but counted for all."""
         return self._worker.draft_block_bytes
 
-    def least_free_memory(self, find_free_memory: FindFreeMemory) -> FreeMemory:
+    def spare_memory(self, find_free_memory: FindFreeMemory, limits: StepLimits) -> FreeMemory:
         """Wait until all ranks have loaded; return what the poorest may take for its cache.
 
-        `find_free_memory` says it of this one.
+        `find_free_memory` says what is free for this one.
         """
+        self._group.tell({"limits": asdict(limits)})
+        own = self._worker.spare_memory(find_free_memory, limits)
         others = [FreeMemory(**answer["free_memory"]) for answer in self._group.hear()]
-        return find_free_memory().least(others)
+        return own.least(others)
 
     def allocate_cache(
-        self, num_device_blocks: int, num_host_blocks: int = 0, audit: bool = False
+        self,
+        num_device_blocks: int,
+        num_host_blocks: int = 0,
+        audit: bool = False,
+        limits: StepLimits | None = None,
     ) -> None:
         """Reserve both tiers on all ranks. Raises as Worker does; ConfigError for another's."""
-        self._group.tell({"device": num_device_blocks, "host": num_host_blocks, "audit": audit})
-        self._worker.allocate_cache(num_device_blocks, num_host_blocks, audit)
+        sizes = {"device": num_device_blocks, "host": num_host_blocks, "audit": audit}
+        self._group.tell(sizes | {"limits": None if limits is None else asdict(limits)})
+        self._worker.allocate_cache(num_device_blocks, num_host_blocks, audit, limits)
         self._group.hear()
         self._sampled = ()
         self._ended.clear()

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 
-from rillgate_server.core.step import CopyDone
+from rillgate_server.core.step import CopyDone, StepLimits
 from rillgate_server.core.step_codec import RankReport, decode_plan, encode_report
 from rillgate_server.errors import RankLost, RillgateError
 from rillgate_server.worker.compute_device import FindFreeMemory
@@ -31,10 +31,13 @@ def run_rank(
     reserving the cache does (which rank 0 then hears).
     """
     (link,) = group.links.values()
-    group.tell({"free_memory": asdict(find_free_memory())})
+    (asked,) = group.hear()
+    spare = worker.spare_memory(find_free_memory, StepLimits(**asked["limits"]))
+    group.tell({"free_memory": asdict(spare)})
     (sizes,) = group.hear()
+    limits = None if sizes["limits"] is None else StepLimits(**sizes["limits"])
     try:
-        worker.allocate_cache(sizes["device"], sizes["host"], sizes["audit"])
+        worker.allocate_cache(sizes["device"], sizes["host"], sizes["audit"], limits)
     except RillgateError as error:
         group.refuse(str(error))
         raise

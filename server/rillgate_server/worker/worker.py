@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rillgate_server.core.checkpoint import read_model_spec
-from rillgate_server.core.model_spec import NO_QUANTIZATION, KVLayout, ModelSpec
+from rillgate_server.core.model_spec import NO_QUANTIZATION, FreeMemory, KVLayout, ModelSpec
 from rillgate_server.core.quantization import Quantization, resolve_quantization
 from rillgate_server.core.step import StepLimits, StepPlan, StepResult
 from rillgate_server.core.step_codec import SampledTokens
@@ -23,7 +23,7 @@ from rillgate_server.worker.allocator import keep_freed_memory, return_freed_mem
 from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.attention.choice import make_attention, triton_works
 from rillgate_server.worker.collectives import Collectives
-from rillgate_server.worker.compute_device import CPU, free_bytes
+from rillgate_server.worker.compute_device import CPU, FindFreeMemory, free_bytes
 from rillgate_server.worker.draft_model import DraftModel, DraftSize, check_draft_model
 from rillgate_server.worker.kernels.library import Kernels, load_kernels
 from rillgate_server.worker.kv_storage import KVStorage
@@ -52,12 +52,13 @@ from rillgate_server.worker.weight_bytes import WeightBytes, measure_weights
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-"""What CPUs and GPUs compute well."""
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""What CPUs and GPUs compute well; CPUs not in float16."""
 MAX_PLANS_IN_FLIGHT = 2
 """Of a whole model on a GPU: one that runs, and the next."""
 _INSTEAD = {"float16": "bfloat16", "float64": "float32"}
 """What `auto` takes for a checkpoint in a type that CPUs compute slowly: the same memory."""
+_INSTEAD_ON_GPUS = {"float64": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class WorkerOptions:
     """What decides how a checkpoint is loaded."""
 
     dtype: str = "auto"
-    """`auto` (the checkpoint's; bfloat16 for float16), `bfloat16` or `float32`."""
+    """`auto` (the checkpoint's; on a CPU bfloat16 for float16), or a type's name."""
     num_threads: int | None = None
     """Threads for tensor work; None: torch's default, one per core."""
     block_size_tokens: int = 16
@@ -141,7 +142,7 @@ class Worker:
         return_freed_memory()
         weights = resolve_quantization(options.weights, model_dir)
         spec = read_model_spec(model_dir).with_quantization(weights.version)
-        dtype = resolve_dtype(options.dtype, spec.dtype)
+        dtype = resolve_dtype(options.dtype, spec.dtype, options.device.type)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         kernels = load_kernels() if options.device == CPU else None
@@ -159,8 +160,7 @@ class Worker:
         if collectives is not None:
             connect_embedding(model, collectives)
         split = None if sharding is None or collectives is None else (sharding, collectives)
-        network = _choose_gpu_network(model, split) if uses_triton else None
-        network = network or choose_network(model, kernels, split)
+        network = choose_network(model, kernels, split, uses_triton=uses_triton)
         keep_freed_memory()
         shapes = layer_cache_shapes(model.config, ranks)
         kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
@@ -185,6 +185,20 @@ class Worker:
         """How many plans `begin` takes before the first must be finished."""
         is_pipelined = self.uses_triton and not self.network.is_split
         return MAX_PLANS_IN_FLIGHT if is_pipelined else 1
+
+    def spare_memory(self, find_free_memory: FindFreeMemory, limits: StepLimits) -> FreeMemory:
+        """Return what the cache may take: what is free, on a GPU less what the largest step takes.
+
+        All ranks of a split model must call it together: they compute such a step.
+        """
+        if not self.uses_triton:
+            return find_free_memory()
+        measure = import_module("rillgate_server.worker.step_memory").measure_step_bytes
+        block_size = self.layout.block_size_tokens
+        step_bytes = measure(self.network, self._small_attention, block_size, self.spec, limits)
+        free = find_free_memory()
+        left_bytes = max(0, free.device_bytes - step_bytes)
+        return replace(free, device_bytes=left_bytes, is_measured=True)
 
     def allocate_cache(
         self,
@@ -211,6 +225,9 @@ class Worker:
             self._runner = ModelRunner(
                 self.network, attention, tiers.device, transfer, vocab_size, draft
             )
+
+    def _small_attention(self, num_blocks: int) -> AttentionBackend:
+        return self._attention_over(KVStorage(self.layout, num_blocks, device=self.device))
 
     def _attention_over(self, storage: KVStorage) -> AttentionBackend:
         dtype = _DTYPES[self.spec.dtype]
@@ -267,9 +284,19 @@ def choose_network(
     model: PreTrainedModel,
     kernels: Kernels | None,
     split: tuple[Sharding, Collectives] | None = None,
+    *,
+    uses_triton: bool = False,
 ) -> Network:
-    """Take the C++ layers for a filled model where they are there and can, transformers' else."""
+    """Take the fused layers for a filled model where they are there and can, transformers' else.
+
+    `kernels` are C++'s, for CPUs; `uses_triton`: Triton works, on a GPU.
+    """
     collectives = None if split is None else split[1]
+    if uses_triton:
+        module = import_module("rillgate_server.worker.network.gpu_decoder")
+        if module.can_compute(model, model.device):
+            network: Network = module.GpuDecoder(model, collectives)
+            return network
     if kernels is not None and can_compute(model):
         return DenseDecoder(model, kernels, collectives)
     pack_linear_layers(model)
@@ -279,30 +306,23 @@ def choose_network(
     return TransformersNetwork(model, collectives)
 
 
-def _choose_gpu_network(
-    model: PreTrainedModel, split: tuple[Sharding, Collectives] | None
-) -> Network | None:
-    """Take the fused layers for a filled model where Triton works and they can."""
-    module = import_module("rillgate_server.worker.network.gpu_decoder")
-    if not module.can_compute(model, model.device):
-        return None
-    network: Network = module.GpuDecoder(model, None if split is None else split[1])
-    return network
-
-
 def check_ranks(model_dir: Path, ranks: int) -> None:
     """Raise ConfigError unless the checkpoint can be split so; reads no weights."""
     check_split(load_config(model_dir), ranks)
 
 
-def resolve_dtype(asked: str, checkpoint: str) -> str:
+def resolve_dtype(asked: str, checkpoint: str, device_type: str = "cpu") -> str:
     """Return the type to compute in."""
+    instead = _INSTEAD if device_type == "cpu" else _INSTEAD_ON_GPUS
     dtype = asked
     if asked == "auto":
-        dtype = _INSTEAD.get(checkpoint, checkpoint)
+        dtype = instead.get(checkpoint, checkpoint)
         if dtype != checkpoint:
             _log.info("the checkpoint is %s; computing in %s", checkpoint, dtype)
-    if dtype not in _DTYPES:
+    allowed = [name for name in _DTYPES if name not in instead]
+    if dtype not in allowed:
         of = f" (from the checkpoint's {checkpoint})" if asked == "auto" else ""
-        raise ConfigError(f"model.dtype is {dtype}{of}; allowed: auto, {', '.join(_DTYPES)}")
+        raise ConfigError(
+            f"model.dtype is {dtype}{of}; allowed on a {device_type}: auto, {', '.join(allowed)}"
+        )
     return dtype

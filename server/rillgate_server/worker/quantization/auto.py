@@ -22,7 +22,7 @@ from rillgate_server.core.model_spec import INT8, NO_QUANTIZATION, KVLayout
 from rillgate_server.core.quantization import BNB_NF4, Quantization
 from rillgate_server.core.quantization_choice import Choice
 from rillgate_server.worker.attention.base import PackedRow, PackedStep
-from rillgate_server.worker.attention.choice import make_attention
+from rillgate_server.worker.attention.choice import make_attention, triton_works
 from rillgate_server.worker.compute_device import CPU, find_device, free_bytes, wait_for
 from rillgate_server.worker.kernels.library import load_kernels
 from rillgate_server.worker.kv_storage import KVStorage
@@ -56,7 +56,8 @@ def choose(model_dir: Path, dtype_name: str, device: torch.device) -> Choice:
         return Choice(BNB_NF4, f"nothing else fits ({memory})")
     if fitting == [INT8]:
         return Choice(INT8, f"the exact weights do not fit ({memory})")
-    dtype: torch.dtype = getattr(torch, resolve_dtype(dtype_name, read_model_spec(model_dir).dtype))
+    spec = read_model_spec(model_dir)
+    dtype: torch.dtype = getattr(torch, resolve_dtype(dtype_name, spec.dtype, device.type))
     exact, int8 = _measure(model_dir, dtype, device)
     ratios = {what: int8[what] / exact[what] for what in _STEPS}
     mean = statistics.geometric_mean(ratios.values())
@@ -93,14 +94,16 @@ class _Run:
         kernels = load_kernels() if device == CPU else None
         store = with_layers(WeightStore(device, free_bytes(device)), weights, kernels)
         model = random_network(model_dir, dtype, _NUM_LAYERS, store)
-        self._network: Network = choose_network(model, kernels)
+        uses_triton = triton_works(device)
+        self._network: Network = choose_network(model, kernels, uses_triton=uses_triton)
         shapes = layer_cache_shapes(model.config)
         kv_dtype = str(dtype).removeprefix("torch.")
         layout = KVLayout.build(_BLOCK_TOKENS, kv_dtype, shapes)
         num_rows = max(rows for rows, _ in _STEPS.values())
         num_blocks = num_rows * _CONTEXT_TOKENS // _BLOCK_TOKENS
         self._storage = KVStorage(layout, num_blocks, device=device)
-        self._attention = make_attention(self._storage, dtype)
+        heads = self._network.num_heads if uses_triton else None
+        self._attention = make_attention(self._storage, dtype, heads)
         self._device = device
 
     def step(self, num_rows: int, num_tokens: int) -> float:
