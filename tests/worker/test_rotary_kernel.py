@@ -168,6 +168,22 @@ def test_int8_has_the_definitions_bits_of_extreme_vectors() -> None:
     assert scales[6:8].isnan().all()
 
 
+def test_a_cache_may_have_more_elements_than_32_bits_count() -> None:
+    """Its last block gets what a small cache's does. (No page of the others is touched.)"""
+    heads = HeadShape(1, 8, 128)
+    shape = heads.num_kv_heads, heads.dim
+    layout = KVLayout.build(64, "int8", ((shape, shape, None),))
+    num_blocks = 2**31 // layout.block_bytes + 2
+    large, small = (KVStorage(layout, num, device=DEVICE) for num in (num_blocks, 1))
+    qkv, angles, _ = make_inputs(3, heads, torch.float32)
+    offsets = torch.arange(3, device=DEVICE)
+    for storage in (large, small):
+        last = torch.full_like(offsets, storage.num_blocks - 1)
+        rotate_and_store(qkv, angles, heads, None, (last, offsets), storage.layers[0])
+    assert torch.equal(large.bytes[-1], small.bytes[0])
+    assert small.bytes.any()
+
+
 def test_no_tokens_are_no_launch() -> None:
     """Nothing in, nothing out."""
     heads = HeadShape(3, 1, 24)
