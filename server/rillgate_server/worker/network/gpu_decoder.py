@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 on NVIDIA GPUs in nine launches a layer.
+"""Llama, Mistral, Qwen2 and Qwen3 on NVIDIA GPUs in nine calls a layer.
 
 What transformers' modules compute, with one product for queries, keys and values, one for gate and
 up, and one kernel of fused_kernels or rotary_kernel between two products:
