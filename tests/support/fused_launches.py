@@ -1,4 +1,4 @@
-"""Launches of the layers' kernels in the shapes of Qwen2.5-7B and 0.5B, and of Qwen3-8B, to be compiled.
+"""Launches of the layers' kernels in the shapes of Qwen2.5-7B and 0.5B, and of Qwen3-8B.
 
 `compile_launches("tests.support.fused_launches:launch_all")`
 """

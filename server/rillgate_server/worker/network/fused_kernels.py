@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 _SILU_BLOCK = 1024
-"""Of a row: each of 128 threads loads 16 bytes of a bf16 gate and of its up. One token of a 7B model
-keeps 19 programs busy, thousands have enough bytes in flight at any size."""
+"""Of a row: each of 128 threads loads 16 bytes of bf16 gates and of their ups. One token of a 7B
+model is spread over 19 programs, and thousands have enough bytes in flight at any size."""
 
 
 @triton.jit
-def _add_norm(  # type: ignore[no-untyped-def]
+def _add_norm(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
     residual,
     delta,
     weight,

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 on NVIDIA GPUs in nine launches a layer.
+"""Llama, Mistral, Qwen2 and Qwen3 on NVIDIA GPUs in nine calls a layer.
 
 What transformers' modules compute, with one product for queries, keys and values, one for gate and
 up, and one kernel of fused_kernels or rotary_kernel between two products:
@@ -34,8 +34,6 @@ from rillgate_server.worker.quantization.int8_triton import TritonInt8Linear, li
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOVING_ANGLES = ("dynamic", "longrope")
-"""Rotary angles of these hang on the longest row of a step, which the host would wait for."""
 
 
 def can_compute(model: PreTrainedModel, device: torch.device) -> bool:
@@ -50,13 +48,8 @@ def can_compute(model: PreTrainedModel, device: torch.device) -> bool:
     if config.model_type not in _MODEL_TYPES or config.hidden_act != "silu":
         return False
     decoder: Any = model.get_decoder()
-    rotary = decoder.rotary_emb
-    is_whole = 2 * len(rotary.inv_freq) == decoder.layers[0].self_attn.head_dim
-    return (
-        is_whole
-        and rotary.rope_type not in _MOVING_ANGLES
-        and all(_is_joinable(layer, model.dtype) for layer in decoder.layers)
-    )
+    is_whole = 2 * len(decoder.rotary_emb.inv_freq) == decoder.layers[0].self_attn.head_dim
+    return is_whole and all(_is_joinable(layer, model.dtype) for layer in decoder.layers)
 
 
 def _is_joinable(layer: Any, dtype: torch.dtype) -> bool:  # a module of transformers
@@ -132,8 +125,8 @@ class _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         norms = None
         if hasattr(attention, "q_norm"):
-            weights = (it.weight.detach() for it in (attention.q_norm, attention.k_norm))
-            norms = HeadNorms(*weights, epsilon)
+            query, key = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+            norms = HeadNorms(query, key, epsilon)
         return cls(
             layer.input_layernorm.weight.detach(),
             _Linear.joined((attention.q_proj, attention.k_proj, attention.v_proj)),

@@ -1,4 +1,4 @@
-"""From the joined product to attention, on NVIDIA GPUs: norms of heads, rotation, the cache's store.
+"""From the joined product to attention on NVIDIA GPUs: heads' norms, rotation, the cache's store.
 
 A Triton kernel: queries, rotated, into a tensor; keys, rotated, and values straight into the cache,
 as they are or in INT8. It computes in float32 and rounds once, to the model's type: nearer to the
@@ -66,7 +66,7 @@ def _load_halves(x, at_head, is_row, HALF: tl.constexpr, BLOCK: tl.constexpr):  
 
 
 @triton.jit
-def _store_halves(x, at_head, is_row, first, second, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_halves(x, at_head, is_row, first, second, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
     """Store halves as vectors that begin `at_head`."""
     at = tl.arange(0, BLOCK)
     is_inside = is_row[:, None] & (at < HALF)[None, :]
@@ -89,7 +89,7 @@ def _normed(first, second, weight, epsilon, HALF: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _rotated(first, second, cosines, sines, token, is_row, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rotated(first, second, cosines, sines, token, is_row, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
     """Rotate pairs of first and second half by their token's angles."""
     at = tl.arange(0, BLOCK)
     is_inside = is_row[:, None] & (at < HALF)[None, :]
@@ -166,7 +166,7 @@ def _store_vectors(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch 
 
 
 @triton.jit(do_not_specialize=["num_tokens"])  # a batch's size may not change what is compiled
-def _rotate_and_store(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
+def _rotate_and_store(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs # size: the same
     qkv,
     cosines,
     sines,
@@ -264,9 +264,9 @@ def rotate_and_store(
 ) -> Tensor:
     """Norm and rotate queries and keys; store keys and values; return the queries.
 
-    qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * dim], contiguous, model dtype; angles: cosines
-    and sines, [num_tokens, dim], contiguous, float32, both halves alike. A token whose block is -1
-    is padding and stored nowhere. Returns [num_tokens, num_heads, dim].
+    qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * dim], contiguous, model dtype; angles:
+    cosines and sines, [num_tokens, dim], contiguous, float32, both halves alike. A token whose
+    block is -1 is padding and stored nowhere. Returns [num_tokens, num_heads, dim].
     """
     num_tokens = len(qkv)
     query = qkv.new_empty(num_tokens, heads.num_heads, heads.dim)
