@@ -1,25 +1,26 @@
 """Steps that are handed over and fetched later give what steps that are waited for give.
 
-On the CPU, with Triton's kernels in its interpreter; graphs are launches made again.
+Without a GPU Triton's kernels run in its interpreter, and graphs are launches made again.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import RowPlan, SlotStart, StepLimits, StepPlan, StepResult
 from rillgate_server.worker.attention.base import AttentionStep
 from rillgate_server.worker.attention.triton_paged import TritonPagedAttention
-from rillgate_server.worker.compute_device import CPU
 from rillgate_server.worker.device_runner import DeviceRunner
 from rillgate_server.worker.device_sampler import DeviceSampler
 from rillgate_server.worker.gpu_step import capture_decode
 from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import KVTransfer
-from rillgate_server.worker.model_loader import load_network
+from rillgate_server.worker.model_loader import WeightStore, load_network
 from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.network.gpu_decoder import GpuDecoder
 from rillgate_server.worker.network.transformers_network import TransformersNetwork
@@ -29,18 +30,24 @@ from tests.support.checkpoints import VOCAB_SIZE
 from tests.support.planner import Executes, Job, Planner
 from tests.support.worker_fixtures import BLOCK_SIZE, MakeCheckpoint, load_worker
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_BLOCKS = 100
 LIMITS = StepLimits(max_running=5, max_step_tokens=64, max_context_tokens=200)
 DRAWN = SamplingParams(seed=7, temperature=0.9, top_p=0.9, repetition_penalty=1.2)
 GREEDY = SamplingParams(seed=0, temperature=0.0, num_logprobs=3)
 
 
+def load(path: Path) -> PreTrainedModel:
+    """Fill a network where it computes."""
+    return load_network(path, torch.float32, store=WeightStore(DEVICE, 1 << 30))
+
+
 def make_runner(worker: Worker, network: Network, *, uses_graphs: bool = False) -> DeviceRunner:
     """Make one over a cache of its own."""
-    tiers = reserve_tiers(worker.layout, NUM_BLOCKS, 0, CPU)
+    tiers = reserve_tiers(worker.layout, NUM_BLOCKS, 0, DEVICE)
     attention = TritonPagedAttention(tiers.device, network.num_heads, torch.float32)
     graphs = capture_decode(network, attention, LIMITS) if uses_graphs else None
-    sampler = DeviceSampler(VOCAB_SIZE, CPU, 2)
+    sampler = DeviceSampler(VOCAB_SIZE, DEVICE, 2)
     return DeviceRunner(network, attention, KVTransfer(tiers), sampler, graphs)
 
 
@@ -79,7 +86,7 @@ def test_requests_get_the_tokens_of_the_other_runner(
     """Greedy, drawn, penalised, replayed, in chunks; with log-probabilities."""
     worker = load_worker(checkpoint(kind))
     expected = run(worker, jobs())
-    model = load_network(checkpoint(kind), torch.float32)
+    model = load(checkpoint(kind))
     network = GpuDecoder(model) if uses_graphs else TransformersNetwork(model)
     got = run(make_runner(worker, network, uses_graphs=uses_graphs), jobs())
     assert_alike(got, expected)
@@ -100,7 +107,7 @@ def test_a_plan_is_made_before_the_tokens_of_the_last_one_are_known(
     worker = load_worker(checkpoint("llama"))
     todo = [Job([5, 9, 3], 5, DRAWN), Job([17, 2], 5, DRAWN)]
     expected = [it.tokens for it in run(worker, todo)]
-    network = GpuDecoder(load_network(checkpoint("llama"), torch.float32))
+    network = GpuDecoder(load(checkpoint("llama")))
     runner = make_runner(worker, network, uses_graphs=uses_graphs)
     prompts = (5, 9, 3), (17, 2)
     runner.begin(
@@ -124,7 +131,7 @@ def test_a_row_that_breaks_fails_alone_and_the_plan_after_it_is_harmless(
 ) -> None:
     """Its next row is under way already when that is known."""
     worker = load_worker(checkpoint("llama"))
-    model = load_network(checkpoint("llama"), torch.float32)
+    model = load(checkpoint("llama"))
     with torch.no_grad():
         model.get_input_embeddings().weight[13] = torch.nan
     runner = make_runner(worker, TransformersNetwork(model))
@@ -140,9 +147,7 @@ def test_a_row_that_breaks_fails_alone_and_the_plan_after_it_is_harmless(
     assert [it.slot for it in first.failed_rows] == [0]
     assert len(first.token_ids[1]) == len(second.token_ids[1]) == 1
     # Whoever has its place and blocks next reads nothing of it.
-    alone = make_runner(
-        worker, TransformersNetwork(load_network(checkpoint("llama"), torch.float32))
-    )
+    alone = make_runner(worker, TransformersNetwork(load(checkpoint("llama"))))
     again = StepPlan(2, (start(0, (21, 4, 9), (3,), GREEDY),), (RowPlan(0, 0, 3),), (0, 1))
     assert runner.execute(again).token_ids == alone.execute(again).token_ids
 
@@ -173,7 +178,7 @@ def test_a_step_with_too_little_memory_is_computed_in_halves(checkpoint: MakeChe
     """And gives the same; with too little for a token it raises."""
     worker = load_worker(checkpoint("llama"))
     expected = run(worker, jobs())
-    network = TransformersNetwork(load_network(checkpoint("llama"), torch.float32))
+    network = TransformersNetwork(load(checkpoint("llama")))
     assert_alike(run(make_runner(worker, SmallMemory(network, 5)), jobs()), expected)
     with pytest.raises(torch.OutOfMemoryError):
         run(make_runner(worker, SmallMemory(network, 0)), jobs())
@@ -186,10 +191,10 @@ def test_a_step_with_too_little_memory_is_computed_in_halves(checkpoint: MakeChe
 def test_the_largest_step_is_what_limits_allow(checkpoint: MakeCheckpoint) -> None:
     """Computed at the start to see how much memory it takes: full chunks, all rows drawn."""
     worker = load_worker(checkpoint("llama"))
-    network = GpuDecoder(load_network(checkpoint("llama"), torch.float32))
+    network = GpuDecoder(load(checkpoint("llama")))
     seen = Watched(network)
     limits = StepLimits(max_running=3, max_step_tokens=50, max_context_tokens=22)
-    tiers = reserve_tiers(worker.layout, 14, 0, CPU)
+    tiers = reserve_tiers(worker.layout, 14, 0, DEVICE)
     attention = TritonPagedAttention(tiers.device, network.num_heads, torch.float32)
     compute_largest_step(seen, attention, worker.spec, limits)
     assert (seen.num_tokens, seen.num_logits) == ([50], [3])

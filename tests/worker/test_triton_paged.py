@@ -1,5 +1,5 @@
-"""Attention over blocks by the Triton kernels, here in Triton's interpreter: near float64's, for
-any mix of rows, however long contexts are cut, and in steps of fixed capacity."""
+"""Attention over blocks by the Triton kernels: near float64's, for any mix of rows, however long
+contexts are cut, and in steps of fixed capacity. Without a GPU in Triton's interpreter."""
 
 import itertools
 import math
@@ -21,18 +21,26 @@ from rillgate_server.worker.layer_cache import Int8Vectors, quantize
 from tests.support.gpu_compile import MAX_SHARED_BYTES, compile_launches
 from tests.worker.test_attention import Scene, Shape, random_shape
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 class TritonScene(Scene):
     """A scene for these kernels."""
 
     def attention(self) -> TritonPagedAttention:
-        """Make the backend."""
-        return TritonPagedAttention(self.storage, self.shape.num_heads, self.query.dtype)
+        """Make the backend, over a copy of the cache where it computes."""
+        copy = KVStorage(self.storage.layout, self.storage.num_blocks, device=DEVICE)
+        copy.bytes.copy_(self.storage.bytes)
+        return TritonPagedAttention(copy, self.shape.num_heads, self.query.dtype)
 
     def actual(self, scaling: float) -> Tensor:
-        """Attend with the backend."""
+        """Attend with the backend; the cache then has what it has stored."""
         keys, values = self.new_tokens(self.keys), self.new_tokens(self.values)
-        return self.attention().prepare(self.step).attend(1, self.query, keys, values, scaling)
+        attention = self.attention()
+        new = (it.to(DEVICE) for it in (self.query, keys, values))
+        found = attention.prepare(self.step.on(DEVICE)).attend(1, *new, scaling).cpu()
+        self.storage.bytes.copy_(attention.storage.bytes)
+        return found
 
     def poison(self) -> None:
         """Leave NaN wherever no token of a row's context is."""
@@ -156,7 +164,8 @@ def test_a_step_of_fixed_capacity_computes_what_a_fitting_one_does(window: int |
     expected = scene.expected(0.25)
     attention = scene.attention()
     static = StaticDecode(attention, 8, 1000)
-    mapping = torch.full((4,), -1), torch.zeros(4, dtype=torch.int64)
+    blocks = torch.full((4,), -1, device=DEVICE)
+    mapping = blocks, torch.zeros(4, dtype=torch.int64, device=DEVICE)
     step = static.step(4, mapping)
     spare = torch.zeros(6, 1, 16)
     keys, values = scene.new_tokens(scene.keys), scene.new_tokens(scene.values)
@@ -171,21 +180,21 @@ def test_a_step_of_fixed_capacity_computes_what_a_fitting_one_does(window: int |
     starts = np.array([it.start for it in scene.rows])
     for mapped, new in zip(mapping, scene.step.slot_mapping, strict=True):
         mapped[:3] = new
-    kept = scene.storage.bytes.clone()
+    kept = attention.storage.bytes.clone()
     assert static.fill(4, starts, tables)
-    query, key, value = first
-    got = step.attend(1, query, key, value, 0.25)[:3]
+    query, key, value = (it.to(DEVICE) for it in first)
+    got = step.attend(1, query, key, value, 0.25)[:3].cpu()
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
     again = TritonScene(Shape(6, 2, 16, 8, 5, window, rows), torch.float32, 0)
     again.actual(0.25)
-    assert torch.equal(scene.storage.bytes, again.storage.bytes)
-    assert not torch.equal(scene.storage.bytes, kept)
+    assert torch.equal(attention.storage.bytes.cpu(), again.storage.bytes)
+    assert not torch.equal(attention.storage.bytes, kept)
     mapping[0][:] = -1
     mapping[0][:1], mapping[1][:1] = (it[1:2] for it in scene.step.slot_mapping)
     small = static.step(2, (mapping[0][:2], mapping[1][:2]))
     assert static.fill(2, starts[1:2], tables[1:2])
-    query, key, value = (it[:, :2] for it in second)
-    got = small.attend(1, query, key, value, 0.25)[:1]
+    query, key, value = (it[:, :2].to(DEVICE) for it in second)
+    got = small.attend(1, query, key, value, 0.25)[:1].cpu()
     torch.testing.assert_close(got.double(), expected[1:2], rtol=1e-4, atol=1e-5)
 
 
