@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import SlotStart, TokenLogprobs
 from rillgate_server.worker.sampler import SampledToken
 from rillgate_server.worker.sampling_launches import (
@@ -169,7 +170,8 @@ class DeviceSampler:
         plain = [i for i, slot in enumerate(slots) if slot.is_drawn and not slot.is_filtered]
         asking = [i for i, slot in enumerate(slots) if slot.num_logprobs is not None]
         rows = self._send_rows(draws, [*filtered, *plain], asking)
-        batch = DrawnBatch.of(logits, rows, self._tables, self._part_len)
+        any_entries = any(slot.has_entries for slot in slots)
+        batch = DrawnBatch.of(logits, rows, self._tables, any_entries, self._part_len)
         find_best(batch)
         _weigh_and_filter(batch, len(filtered), len(filtered) + len(plain))
         pick(batch, any_drawn=bool(filtered or plain))
@@ -178,6 +180,20 @@ class DeviceSampler:
         if asking:
             logprobs = _logprobs(batch, len(asking), max(n or 0 for n in num_logprobs))
         return DeviceSample(batch.token_ids, logprobs, num_logprobs)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile the kernels for logits of this type, which takes seconds. No slot changes."""
+        other = DeviceSampler(self._tables.vocab_size, self._device, 4, self._part_len)
+        settings = (
+            SamplingParams(seed=0, temperature=0.0),
+            SamplingParams(seed=0, temperature=0.0, repetition_penalty=2.0),
+            SamplingParams(seed=0, top_p=0.5),
+            SamplingParams(seed=0, top_p=0.5, repetition_penalty=2.0),
+        )
+        logits = torch.zeros(1, self._tables.vocab_size, dtype=dtype, device=self._device)
+        for slot, params in enumerate(settings):
+            other.start(SlotStart(slot, (), 0, (), params, 0))
+            other.sample(logits, [Draw(slot, 0)])
 
     def _send_rows(
         self, draws: Sequence[Draw], drawn: Sequence[int], asking: Sequence[int]

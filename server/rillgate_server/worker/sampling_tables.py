@@ -56,6 +56,7 @@ class SlotDraws:
     """Not the argmax."""
     is_filtered: bool
     """Drawn, and top_k, top_p or min_p may drop tokens."""
+    has_entries: bool
     num_logprobs: int | None
 
 
@@ -118,7 +119,9 @@ class SamplingTables:
         self._copy(wholes, self.wholes[start.slot])
         is_drawn = params.temperature > 0.0
         is_filtered = is_drawn and bool(top_k or params.top_p < 1.0 or params.min_p)
-        self._slots[start.slot] = SlotDraws(is_drawn, is_filtered, params.num_logprobs)
+        self._slots[start.slot] = SlotDraws(
+            is_drawn, is_filtered, entry_row >= 0, params.num_logprobs
+        )
 
     def end(self, slot: int) -> None:
         """Forget a slot; nothing happens if it has not started."""
