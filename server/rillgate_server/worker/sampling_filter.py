@@ -21,6 +21,8 @@ _NUM_WHOLES = tl.constexpr(len(WHOLES))
 _TOP_K = tl.constexpr(WHOLES.index("top_k"))
 _BITS_ABOVE_ONE = tl.constexpr(0x3FF0000000000001)
 """Of the least float64 above 1, the largest weight."""
+_NUM_COMPARED = tl.constexpr(16)
+"""Parts that all parts are compared with at once; more would take registers."""
 _NUM_PIVOTS = tl.constexpr(8)
 """A pass narrows the interval nine times. With more, comparing would take longer than reading."""
 
@@ -52,10 +54,14 @@ def least_kept(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has 
     if top_k > 0:
         part = tl.arange(0, PARTS)
         values = tl.load(bests + part, mask=part < NUM_PARTS, other=float("-inf"))
-        num_as_large = tl.sum((values[None, :] >= values[:, None]).to(tl.int32), axis=1)
+        num_as_large = tl.zeros((PARTS,), tl.int32)
+        for first in range(0, PARTS, _NUM_COMPARED):
+            other = first + tl.arange(0, _NUM_COMPARED)
+            others = tl.load(bests + other, mask=other < NUM_PARTS, other=float("-inf"))
+            num_as_large += tl.sum((others[None, :] >= values[:, None]).to(tl.int32), axis=1)
         least = tl.max(tl.where(num_as_large >= top_k, values, float("-inf")), axis=0)
         temperature = tl.load(fractions + slot * _NUM_FRACTIONS + _TEMPERATURE)
-        cut = tl.exp(least / temperature - best / temperature)
+        cut = tl.exp(tl.minimum(least / temperature - best / temperature, 0.0))
     return is_filtered, needs_all, cut * 0.999  # less by what may be rounded
 
 

@@ -178,13 +178,15 @@ def weigh(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no st
     slot = tl.load(rows + row).to(tl.int64)
     num_generated = tl.load(rows + num_rows + row)
     best, _, is_needed = _best_of_row(raw_bests, bests, best_ids, row, NUM_PARTS, PARTS)
+    best = tl.where(is_needed, best, 0.0)  # of a broken row nothing is weighed
     is_filtered, needs_all, cut = least_kept(
         fractions, wholes, slot, bests + row * NUM_PARTS, best, VOCAB_SIZE, NUM_PARTS, PARTS
     )
     if is_filtered & (needs_all == 0):
         temperature = tl.load(fractions + slot * _NUM_FRACTIONS + _TEMPERATURE)
         own_best = tl.load(bests + row * NUM_PARTS + part)
-        is_needed = is_needed & (tl.exp(own_best / temperature - best / temperature) >= cut)
+        largest = tl.exp(tl.minimum(own_best / temperature - best / temperature, 0.0))
+        is_needed = is_needed & (largest >= cut)
     total = tl.full((), 0.0, tl.float64)
     count = 0
     if is_needed:

@@ -58,8 +58,9 @@ class DrawnBatch:
         part_len: int,
     ) -> "DrawnBatch":
         """Make room for what the kernels leave."""
-        assert logits.stride(1) == 1, "a row of logits lies in one piece"
         num_rows, vocab_size = logits.shape
+        assert vocab_size == tables.vocab_size, (vocab_size, tables.vocab_size)
+        assert logits.stride(1) == 1, "a row of logits lies in one piece"
         num_parts = triton.cdiv(vocab_size, part_len)
         parts = num_rows, num_parts
         return cls(
