@@ -120,7 +120,7 @@ def test_slots_that_come_and_go_draw_the_tokens_of_the_host_sampler(seed: int) -
     twins = TwinSamplers(300, part_len=64)
     for step in range(8):
         for slot in random.sample(range(10), 4):
-            if slot in twins.host and random.random() < 0.5:
+            if slot in twins.host and len(twins.host) > 1 and random.random() < 0.5:
                 twins.end(slot)
             else:  # of a slot that has not ended, too
                 generated = [random.randrange(300) for _ in range(random.randrange(6))]
