@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import SlotStart, TokenLogprobs
 from rillgate_server.worker.sampler import SampledToken
 from rillgate_server.worker.sampling_launches import (
@@ -30,11 +31,9 @@ from rillgate_server.worker.sampling_tables import SamplingTables
 
 _FIRST_SLOTS = 64
 """Slots for which there is room at first; it doubles when a higher one starts."""
-_MAX_CANDIDATES_BYTES = 128 << 20
-"""Of the weights that filters look at, all rows together: a hundred rows of 150,000 tokens, nearly
-a program for each of an H200's processors. More rows are filtered in turn."""
-_MAX_LOGPROBS = 1 << 24
-"""Log-probabilities that are in memory together: 64 MiB."""
+MAX_SCRATCH_BYTES = 128 << 20
+"""Of a call, roughly: a hundred rows of 150,000 weights for the filters to look at, nearly one for
+each of an H200's processors. More rows are worked on in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +125,14 @@ class DeviceSampler:
         device: torch.device,
         num_slots: int = _FIRST_SLOTS,
         part_len: int = PART_LEN,
+        max_scratch_bytes: int = MAX_SCRATCH_BYTES,
     ) -> None:
         """Start without slots. `num_slots` have room; `part_len` is a power of two."""
         self.vocab_size = vocab_size
         self._tables = SamplingTables(vocab_size, device, num_slots)
         self._device = device
         self._part_len = part_len
+        self._max_scratch_bytes = max_scratch_bytes
 
     def __repr__(self) -> str:
         """Show what a debugger asks for first."""
@@ -170,15 +171,30 @@ class DeviceSampler:
         plain = [i for i, slot in enumerate(slots) if slot.is_drawn and not slot.is_filtered]
         asking = [i for i, slot in enumerate(slots) if slot.num_logprobs is not None]
         rows = self._send_rows(draws, [*filtered, *plain], asking)
-        batch = DrawnBatch.of(logits, rows, self._tables, self._part_len)
+        any_entries = any(slot.has_entries for slot in slots)
+        batch = DrawnBatch.of(logits, rows, self._tables, any_entries, self._part_len)
         find_best(batch)
-        _weigh_and_filter(batch, len(filtered), len(filtered) + len(plain))
+        self._weigh_and_filter(batch, len(filtered), len(filtered) + len(plain))
         pick(batch, any_drawn=bool(filtered or plain))
         num_logprobs = tuple(slot.num_logprobs for slot in slots)
         logprobs = None
         if asking:
-            logprobs = _logprobs(batch, len(asking), max(n or 0 for n in num_logprobs))
+            logprobs = self._logprobs(batch, len(asking), max(n or 0 for n in num_logprobs))
         return DeviceSample(batch.token_ids, logprobs, num_logprobs)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile the kernels for logits of this type, which takes seconds. No slot changes."""
+        other = DeviceSampler(self._tables.vocab_size, self._device, 4, self._part_len)
+        settings = (
+            SamplingParams(seed=0, temperature=0.0),
+            SamplingParams(seed=0, temperature=0.0, repetition_penalty=2.0),
+            SamplingParams(seed=0, top_p=0.5),
+            SamplingParams(seed=0, top_p=0.5, repetition_penalty=2.0),
+        )
+        logits = torch.zeros(1, self._tables.vocab_size, dtype=dtype, device=self._device)
+        for slot, params in enumerate(settings):
+            other.start(SlotStart(slot, (), 0, (), params, 0))
+            other.sample(logits, [Draw(slot, 0)])
 
     def _send_rows(
         self, draws: Sequence[Draw], drawn: Sequence[int], asking: Sequence[int]
@@ -194,34 +210,32 @@ class DeviceSampler:
         host = torch.tensor(numbers, dtype=torch.int32, pin_memory=pins)
         return host.to(self._device, non_blocking=True)
 
+    def _weigh_and_filter(self, batch: DrawnBatch, num_filtered: int, num_drawn: int) -> None:
+        """Launch what drawn rows need before the pick; filtered ones in turns where many."""
+        row_bytes = 8 * batch.num_parts * batch.part_len
+        at_once = max(1, self._max_scratch_bytes // row_bytes)
+        candidates = Candidates.of(batch, min(num_filtered, at_once)) if num_filtered else None
+        for first in range(0, num_filtered, at_once):
+            end = min(first + at_once, num_filtered)
+            assert candidates is not None
+            weigh(batch, candidates, first, (num_drawn if end == num_filtered else end) - first)
+            choose_filters(batch, candidates, first, end - first)
+        if num_drawn and not num_filtered:
+            weigh(batch, None, 0, num_drawn)
 
-def _weigh_and_filter(batch: DrawnBatch, num_filtered: int, num_drawn: int) -> None:
-    """Launch what drawn rows need before the pick, filtered ones in turn where they are many."""
-    row_bytes = 8 * batch.num_parts * batch.part_len
-    at_once = max(1, _MAX_CANDIDATES_BYTES // row_bytes)
-    candidates = Candidates.of(batch, min(num_filtered, at_once)) if num_filtered else None
-    for first in range(0, num_filtered, at_once):
-        end = min(first + at_once, num_filtered)
-        assert candidates is not None
-        weigh(batch, candidates, first, (num_drawn if end == num_filtered else end) - first)
-        choose_filters(batch, candidates, first, end - first)
-    if num_drawn and not num_filtered:
-        weigh(batch, None, 0, num_drawn)
-
-
-def _logprobs(batch: DrawnBatch, num_asking: int, num_top: int) -> Logprobs:
-    """Return those of the rows that asked, from the raw logits, as worker.sampler does."""
-    asking = batch.rows[3, :num_asking].long()
-    at_once = max(1, _MAX_LOGPROBS // batch.tables.vocab_size)
-    chosen, top_values, top_ids = [], [], []
-    for rows in asking.split(at_once):
-        logprobs = torch.log_softmax(batch.logits[rows].float(), dim=-1)
-        token_ids = batch.token_ids[rows].clamp(min=0)
-        chosen.append(logprobs.gather(1, token_ids[:, None])[:, 0])
-        values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-        top_values.append(values)
-        top_ids.append(ids)
-    return Logprobs(torch.cat(chosen), torch.cat(top_ids), torch.cat(top_values))
+    def _logprobs(self, batch: DrawnBatch, num_asking: int, num_top: int) -> Logprobs:
+        """Return those of the rows that asked, from the raw logits, as worker.sampler does."""
+        asking = batch.rows[3, :num_asking].long()
+        at_once = max(1, self._max_scratch_bytes // (8 * batch.tables.vocab_size))
+        chosen, top_values, top_ids = [], [], []
+        for rows in asking.split(at_once):
+            logprobs = torch.log_softmax(batch.logits[rows].float(), dim=-1)
+            token_ids = batch.token_ids[rows].clamp(min=0)
+            chosen.append(logprobs.gather(1, token_ids[:, None])[:, 0])
+            values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+            top_values.append(values)
+            top_ids.append(ids)
+        return Logprobs(torch.cat(chosen), torch.cat(top_ids), torch.cat(top_values))
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -14,31 +14,55 @@ import triton.language as tl
 from rillgate_server.worker.sampling_tables import FRACTIONS, WHOLES
 
 _NUM_FRACTIONS = tl.constexpr(len(FRACTIONS))
+_TEMPERATURE = tl.constexpr(FRACTIONS.index("temperature"))
 _TOP_P = tl.constexpr(FRACTIONS.index("top_p"))
 _MIN_P = tl.constexpr(FRACTIONS.index("min_p"))
 _NUM_WHOLES = tl.constexpr(len(WHOLES))
 _TOP_K = tl.constexpr(WHOLES.index("top_k"))
 _BITS_ABOVE_ONE = tl.constexpr(0x3FF0000000000001)
 """Of the least float64 above 1, the largest weight."""
+_NUM_COMPARED = tl.constexpr(16)
+"""Parts that all parts are compared with at once; more would take registers."""
 _NUM_PIVOTS = tl.constexpr(8)
 """A pass narrows the interval nine times. With more, comparing would take longer than reading."""
 
 
 @triton.jit
-def least_kept(top_k, top_p, min_p, bests, temperature, VOCAB_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return a weight that the row's threshold does not lie below. bests: of its parts.
+def least_kept(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
+    fractions,
+    wholes,
+    slot,
+    bests,
+    best,
+    VOCAB_SIZE: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Return whether a slot has a filter, whether it needs the sum of all weights of the row, and
+    a weight that its threshold does not lie below. bests: the largest logits of the row's parts.
 
-    The k largest of the parts' largest logits are k tokens. Below (1 - top_p) / vocab_size lies
-    less than 1 - top_p in all, and the total is at least the largest weight, 1.
+    The k largest of those are k tokens. Weights below (1 - top_p) / vocab_size are less than
+    1 - top_p in all, and the total is at least the largest weight, 1.
     """
-    cut = min_p
-    if (top_k > 0) | (top_p < 1.0):
+    top_k = tl.load(wholes + slot * _NUM_WHOLES + _TOP_K)
+    top_p = tl.load(fractions + slot * _NUM_FRACTIONS + _TOP_P)
+    cut = tl.load(fractions + slot * _NUM_FRACTIONS + _MIN_P)
+    is_filtered = (top_k > 0) | (top_p < 1.0) | (cut > 0.0)
+    needs_all = (top_k == 0) & (top_p < 1.0)
+    if needs_all:
         cut = (1.0 - top_p) / VOCAB_SIZE
-        if top_k > 0:
-            as_large = tl.sum((bests[None, :] >= bests[:, None]).to(tl.int32), axis=1)
-            least = tl.max(tl.where(as_large >= top_k, bests, float("-inf")), axis=0)
-            cut = tl.exp(least / temperature - tl.max(bests, axis=0) / temperature)
-    return cut * 0.999  # roundings
+    if top_k > 0:
+        part = tl.arange(0, PARTS)
+        values = tl.load(bests + part, mask=part < NUM_PARTS, other=float("-inf"))
+        num_as_large = tl.zeros((PARTS,), tl.int32)
+        for first in range(0, PARTS, _NUM_COMPARED):
+            other = first + tl.arange(0, _NUM_COMPARED)
+            others = tl.load(bests + other, mask=other < NUM_PARTS, other=float("-inf"))
+            num_as_large += tl.sum((others[None, :] >= values[:, None]).to(tl.int32), axis=1)
+        least = tl.max(tl.where(num_as_large >= top_k, values, float("-inf")), axis=0)
+        temperature = tl.load(fractions + slot * _NUM_FRACTIONS + _TEMPERATURE)
+        cut = tl.exp(tl.minimum(least / temperature - best / temperature, 0.0))
+    return is_filtered, needs_all, cut * 0.999  # less by what may be rounded
 
 
 @triton.jit
@@ -93,6 +117,32 @@ def _largest_that_reaches(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a 
     return low.to(tl.float64, bitcast=True)
 
 
+@triton.jit
+def _sums_from(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
+    threshold,
+    candidates,
+    counts,
+    longest,
+    NUM_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_LEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sum each part's weights that are not below the threshold."""
+    part = tl.arange(0, PARTS)
+    column = tl.arange(0, COLUMNS)
+    count = tl.load(counts + part, mask=part < NUM_PARTS, other=0)
+    table = candidates + part[:, None] * PART_LEN + column[None, :]
+    sums = tl.zeros((PARTS,), tl.float64)
+    first = 0
+    while first < longest:
+        is_one = first + column[None, :] < count[:, None]
+        weights = tl.load(table + first, mask=is_one, other=0.0)
+        sums += tl.sum(tl.where(weights >= threshold, weights, 0.0), axis=1)
+        first += COLUMNS
+    return sums
+
+
 @triton.jit(do_not_specialize=["num_rows", "first"])
 def choose_filter(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
     rows,
@@ -113,49 +163,34 @@ def choose_filter(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch h
     drawn = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + 2 * num_rows + first + drawn).to(tl.int64)
     slot = tl.load(rows + row).to(tl.int64)
-    # A tile is COLUMNS candidates of each part: the searches see it in one line, the sums do not.
-    line = tl.arange(0, PARTS * COLUMNS)
-    line_part, line_column = line // COLUMNS, line % COLUMNS
     counts += drawn * NUM_PARTS
     candidates += drawn * NUM_PARTS * PART_LEN
-    num_candidates = tl.load(counts + line_part, mask=line_part < NUM_PARTS, other=0)
-    in_line = candidates + line_part * PART_LEN + line_column
-    longest = tl.max(num_candidates, axis=0)
-    top_k = tl.load(wholes + slot * _NUM_WHOLES + _TOP_K)
-    top_p = tl.load(fractions + slot * _NUM_FRACTIONS + _TOP_P)
-    threshold = tl.full((), 0.0, tl.float64)
+    # A pass takes COLUMNS candidates of each part; the searches see them in one line.
+    line = tl.arange(0, PARTS * COLUMNS)
+    line_part, column = line // COLUMNS, line % COLUMNS
+    count = tl.load(counts + line_part, mask=line_part < NUM_PARTS, other=0)
+    line_at = candidates + line_part * PART_LEN + column
+    longest = tl.max(count, axis=0)
     part = tl.arange(0, PARTS)
     own_sums = sums + row * NUM_PARTS + part
+    threshold = tl.full((), 0.0, tl.float64)
+    kept = tl.load(own_sums, mask=part < NUM_PARTS, other=0.0)
+    top_k = tl.load(wholes + slot * _NUM_WHOLES + _TOP_K)
     if top_k > 0:
-        goal = top_k.to(tl.float64)
         threshold = _largest_that_reaches(
-            in_line, num_candidates, line_column, longest, threshold, goal, False, COLUMNS
+            line_at, count, column, longest, threshold, top_k.to(tl.float64), False, COLUMNS
         )
+        kept = _sums_from(
+            threshold, candidates, counts, longest, NUM_PARTS, PARTS, PART_LEN, COLUMNS
+        )
+    top_p = tl.load(fractions + slot * _NUM_FRACTIONS + _TOP_P)
     if top_p < 1.0:
-        total = tl.sum(tl.load(own_sums, mask=part < NUM_PARTS, other=0.0), axis=0)
-        if top_k > 0:
-            kept = tl.zeros((PARTS * COLUMNS,), tl.float64)
-            at = 0
-            while at < longest:
-                is_one = at + line_column < num_candidates
-                weights = tl.load(in_line + at, mask=is_one, other=0.0)
-                kept += tl.where(weights >= threshold, weights, 0.0)
-                at += COLUMNS
-            total = tl.sum(kept, axis=0)
+        goal = top_p * tl.sum(kept, axis=0)
         threshold = _largest_that_reaches(
-            in_line, num_candidates, line_column, longest, threshold, top_p * total, True, COLUMNS
+            line_at, count, column, longest, threshold, goal, True, COLUMNS
         )
     min_p = tl.load(fractions + slot * _NUM_FRACTIONS + _MIN_P)
     threshold = tl.maximum(threshold, min_p)  # the largest weight is 1
+    kept = _sums_from(threshold, candidates, counts, longest, NUM_PARTS, PARTS, PART_LEN, COLUMNS)
+    tl.store(own_sums, kept, mask=part < NUM_PARTS)
     tl.store(thresholds + row, threshold)
-
-    column = tl.arange(0, COLUMNS)
-    count = tl.load(counts + part, mask=part < NUM_PARTS, other=0)
-    table = candidates + part[:, None] * PART_LEN + column[None, :]
-    kept_sums = tl.zeros((PARTS,), tl.float64)
-    at = 0
-    while at < longest:
-        weights = tl.load(table + at, mask=at + column[None, :] < count[:, None], other=0.0)
-        kept_sums += tl.sum(tl.where(weights >= threshold, weights, 0.0), axis=1)
-        at += COLUMNS
-    tl.store(own_sums, kept_sums, mask=part < NUM_PARTS)

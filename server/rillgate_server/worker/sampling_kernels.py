@@ -29,15 +29,12 @@ from rillgate_server.worker.sampling_tables import FRACTIONS, WHOLES
 
 _NUM_FRACTIONS = tl.constexpr(len(FRACTIONS))
 _TEMPERATURE = tl.constexpr(FRACTIONS.index("temperature"))
-_TOP_P = tl.constexpr(FRACTIONS.index("top_p"))
-_MIN_P = tl.constexpr(FRACTIONS.index("min_p"))
 _REPETITION = tl.constexpr(FRACTIONS.index("repetition_penalty"))
 _PRESENCE = tl.constexpr(FRACTIONS.index("presence_penalty"))
 _FREQUENCY = tl.constexpr(FRACTIONS.index("frequency_penalty"))
 _NUM_WHOLES = tl.constexpr(len(WHOLES))
 _SEED = tl.constexpr(WHOLES.index("seed"))
 _CHOICE = tl.constexpr(WHOLES.index("choice_index"))
-_TOP_K = tl.constexpr(WHOLES.index("top_k"))
 _MIN_TOKENS = tl.constexpr(WHOLES.index("min_tokens"))
 _ENTRY_ROW = tl.constexpr(WHOLES.index("entry_row"))
 _IS_IN_PROMPT = tl.constexpr(layout.IS_IN_PROMPT)
@@ -54,9 +51,10 @@ _NO_ID = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _adjust(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
-    x, ids, is_id, slot, num_generated, fractions, wholes, entries, biases, VOCAB_SIZE: tl.constexpr
+    x, ids, is_id, slot, num_generated, slot_tables, VOCAB_SIZE: tl.constexpr
 ):
     """Return the logits x of `ids` after ban, bias and penalties, in float64."""
+    fractions, wholes, entries, biases = slot_tables
     entry_row = tl.load(wholes + slot * _NUM_WHOLES + _ENTRY_ROW)
     if entry_row >= 0:
         entry = tl.load(entries + entry_row * VOCAB_SIZE + ids, mask=is_id, other=0)
@@ -105,8 +103,10 @@ def find_best(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has n
     VOCAB_SIZE: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     PART_LEN: tl.constexpr,
+    ANY_ENTRIES: tl.constexpr,
 ):
     """Find the largest logit of one part of one row."""
+    slot_tables = fractions, wholes, entries, biases
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     ids = part * PART_LEN + tl.arange(0, PART_LEN)
@@ -115,35 +115,35 @@ def find_best(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has n
     raw = tl.where(raw == raw, raw, float("inf"))  # a maximum may lose a NaN
     slot = tl.load(rows + row).to(tl.int64)
     num_generated = tl.load(rows + num_rows + row)
-    x = raw.to(tl.float64)
-    x = _adjust(x, ids, is_id, slot, num_generated, fractions, wholes, entries, biases, VOCAB_SIZE)
+    x = raw
+    if ANY_ENTRIES:
+        x = _adjust(x.to(tl.float64), ids, is_id, slot, num_generated, slot_tables, VOCAB_SIZE)
     best = tl.max(x, axis=0)
     tl.store(raw_bests + row * NUM_PARTS + part, tl.max(raw, axis=0))
-    tl.store(bests + row * NUM_PARTS + part, best)
+    tl.store(bests + row * NUM_PARTS + part, best.to(tl.float64))
     tl.store(best_ids + row * NUM_PARTS + part, tl.min(tl.where(x == best, ids, _NO_ID), axis=0))
 
 
 @triton.jit
 def _weights(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
-    logits,
-    row_stride,
-    row,
+    row_logits,
     ids,
     slot,
     num_generated,
-    fractions,
-    wholes,
-    entries,
-    biases,
+    slot_tables,
     best,
     VOCAB_SIZE: tl.constexpr,
+    ANY_ENTRIES: tl.constexpr,
 ):
     """Return exp((x - best) / temperature) of a row's `ids`, the same bits in each kernel."""
     is_id = ids < VOCAB_SIZE
-    x = tl.load(logits + row * row_stride + ids, mask=is_id, other=float("-inf")).to(tl.float64)
-    x = _adjust(x, ids, is_id, slot, num_generated, fractions, wholes, entries, biases, VOCAB_SIZE)
-    temperature = tl.load(fractions + slot * _NUM_FRACTIONS + _TEMPERATURE)
-    return tl.exp(x / temperature - best / temperature)
+    x = tl.load(row_logits + ids, mask=is_id, other=float("-inf")).to(tl.float64)
+    if ANY_ENTRIES:
+        x = _adjust(x, ids, is_id, slot, num_generated, slot_tables, VOCAB_SIZE)
+    temperature = tl.load(slot_tables[0] + slot * _NUM_FRACTIONS + _TEMPERATURE)
+    if temperature != 1.0:  # divisions take about as long as exponentials
+        x = x / temperature
+    return tl.exp(x - best / temperature)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first"])
@@ -168,47 +168,45 @@ def weigh(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no st
     NUM_PARTS: tl.constexpr,
     PARTS: tl.constexpr,
     PART_LEN: tl.constexpr,
+    ANY_ENTRIES: tl.constexpr,
 ):
     """Sum the weights of one part of one drawn row, and collect what filters may keep of them."""
+    slot_tables = fractions, wholes, entries, biases
     drawn = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = tl.load(rows + 2 * num_rows + first + drawn).to(tl.int64)
     slot = tl.load(rows + row).to(tl.int64)
     num_generated = tl.load(rows + num_rows + row)
-    best, _, is_sound = _best_of_row(raw_bests, bests, best_ids, row, NUM_PARTS, PARTS)
-    lane = tl.arange(0, PART_LEN)
-    weights = _weights(
-        logits,
-        row_stride,
-        row,
-        part * PART_LEN + lane,
-        slot,
-        num_generated,
-        fractions,
-        wholes,
-        entries,
-        biases,
-        best,
-        VOCAB_SIZE,
+    best, _, is_needed = _best_of_row(raw_bests, bests, best_ids, row, NUM_PARTS, PARTS)
+    best = tl.where(is_needed, best, 0.0)  # of a broken row nothing is weighed
+    is_filtered, needs_all, cut = least_kept(
+        fractions, wholes, slot, bests + row * NUM_PARTS, best, VOCAB_SIZE, NUM_PARTS, PARTS
     )
-    weights = tl.where(is_sound, weights, 0.0)
-    tl.store(sums + row * NUM_PARTS + part, tl.sum(weights, axis=0))
+    if is_filtered & (needs_all == 0):
+        temperature = tl.load(fractions + slot * _NUM_FRACTIONS + _TEMPERATURE)
+        own_best = tl.load(bests + row * NUM_PARTS + part)
+        largest = tl.exp(tl.minimum(own_best / temperature - best / temperature, 0.0))
+        is_needed = is_needed & (largest >= cut)
+    total = tl.full((), 0.0, tl.float64)
+    count = 0
+    if is_needed:
+        row_logits = logits + row * row_stride
+        ids = part * PART_LEN + tl.arange(0, PART_LEN)
+        weights = _weights(
+            row_logits, ids, slot, num_generated, slot_tables, best, VOCAB_SIZE, ANY_ENTRIES
+        )
+        total = tl.sum(weights, axis=0)
+        if is_filtered:
+            is_candidate = (weights > 0.0) & (weights >= cut)
+            place = tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
+            target = candidates + (drawn * NUM_PARTS + part) * PART_LEN
+            tl.store(target + place, weights, mask=is_candidate)
+            count = tl.sum(is_candidate.to(tl.int32), axis=0)
+    tl.store(sums + row * NUM_PARTS + part, total)
     if part == 0:
         tl.store(thresholds + row, 0.0)
-    top_k = tl.load(wholes + slot * _NUM_WHOLES + _TOP_K)
-    top_p = tl.load(fractions + slot * _NUM_FRACTIONS + _TOP_P)
-    min_p = tl.load(fractions + slot * _NUM_FRACTIONS + _MIN_P)
-    if (top_k > 0) | (top_p < 1.0) | (min_p > 0.0):
-        every = tl.arange(0, PARTS)
-        own = bests + row * NUM_PARTS + every
-        values = tl.load(own, mask=every < NUM_PARTS, other=float("-inf"))
-        temperature = tl.load(fractions + slot * _NUM_FRACTIONS + _TEMPERATURE)
-        cut = least_kept(top_k, top_p, min_p, values, temperature, VOCAB_SIZE)
-        is_candidate = (weights > 0.0) & (weights >= cut)
-        place = tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
-        at = drawn * NUM_PARTS + part
-        tl.store(candidates + at * PART_LEN + place, weights, mask=is_candidate)
-        tl.store(counts + at, tl.sum(is_candidate.to(tl.int32), axis=0))
+    if is_filtered:
+        tl.store(counts + drawn * NUM_PARTS + part, count)
 
 
 @triton.jit
@@ -254,9 +252,11 @@ def pick(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no str
     NUM_PARTS: tl.constexpr,
     PARTS: tl.constexpr,
     PART_LEN: tl.constexpr,
+    ANY_ENTRIES: tl.constexpr,
     ANY_DRAWN: tl.constexpr,
 ):
     """Choose one row's token and note it in its slot."""
+    slot_tables = fractions, wholes, entries, biases
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(rows + row).to(tl.int64)
     num_generated = tl.load(rows + num_rows + row)
@@ -271,20 +271,10 @@ def pick(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no str
             target = uniform(seed, choice, num_generated) * tl.sum(own, axis=0)
             chosen = _first_above(own, tl.cumsum(own, axis=0), target, part)
             before = tl.sum(tl.where(part < chosen, own, 0.0), axis=0)
+            row_logits = logits + row * row_stride
             ids = chosen * PART_LEN + tl.arange(0, PART_LEN)
             weights = _weights(
-                logits,
-                row_stride,
-                row,
-                ids,
-                slot,
-                num_generated,
-                fractions,
-                wholes,
-                entries,
-                biases,
-                best,
-                VOCAB_SIZE,
+                row_logits, ids, slot, num_generated, slot_tables, best, VOCAB_SIZE, ANY_ENTRIES
             )
             weights = tl.where(weights >= tl.load(thresholds + row), weights, 0.0)
             token = _first_above(weights, before + tl.cumsum(weights, axis=0), target, ids)

@@ -32,6 +32,8 @@ class DrawnBatch:
     """[4, num_rows], int32: of each row its slot and the tokens generated before; then the drawn
     rows, filtered ones first; then those that want log-probabilities."""
     tables: SamplingTables
+    any_entries: bool
+    """Whether any of the rows' slots has a row of entries: without, the kernels run faster."""
     part_len: int
     raw_bests: Tensor
     """[num_rows, num_parts], float32: +inf where the part has a NaN."""
@@ -48,17 +50,24 @@ class DrawnBatch:
 
     @classmethod
     def of(
-        cls, logits: Tensor, rows: Tensor, tables: SamplingTables, part_len: int
+        cls,
+        logits: Tensor,
+        rows: Tensor,
+        tables: SamplingTables,
+        any_entries: bool,
+        part_len: int,
     ) -> "DrawnBatch":
         """Make room for what the kernels leave."""
-        assert logits.stride(1) == 1, "a row of logits lies in one piece"
         num_rows, vocab_size = logits.shape
+        assert vocab_size == tables.vocab_size, (vocab_size, tables.vocab_size)
+        assert logits.stride(1) == 1, "a row of logits lies in one piece"
         num_parts = triton.cdiv(vocab_size, part_len)
         parts = num_rows, num_parts
         return cls(
             logits,
             rows,
             tables,
+            any_entries,
             part_len,
             logits.new_empty(*parts, dtype=torch.float32),
             logits.new_empty(*parts, dtype=torch.float64),
@@ -120,7 +129,8 @@ def find_best(batch: DrawnBatch) -> None:
         VOCAB_SIZE=batch.tables.vocab_size,
         NUM_PARTS=batch.num_parts,
         PART_LEN=batch.part_len,
-        num_warps=4,
+        ANY_ENTRIES=batch.any_entries,
+        num_warps=8,
         enable_fp_fusion=False,
     )
 
@@ -145,7 +155,8 @@ def weigh(batch: DrawnBatch, candidates: Candidates | None, first: int, num_rows
         NUM_PARTS=batch.num_parts,
         PARTS=triton.next_power_of_2(batch.num_parts),
         PART_LEN=batch.part_len,
-        num_warps=4,
+        ANY_ENTRIES=batch.any_entries,
+        num_warps=8,
         enable_fp_fusion=False,
     )
 
@@ -188,7 +199,8 @@ def pick(batch: DrawnBatch, any_drawn: bool) -> None:
         NUM_PARTS=batch.num_parts,
         PARTS=triton.next_power_of_2(batch.num_parts),
         PART_LEN=batch.part_len,
+        ANY_ENTRIES=batch.any_entries,
         ANY_DRAWN=any_drawn,
-        num_warps=4,
+        num_warps=8,
         enable_fp_fusion=False,
     )

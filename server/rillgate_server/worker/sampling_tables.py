@@ -56,6 +56,7 @@ class SlotDraws:
     """Not the argmax."""
     is_filtered: bool
     """Drawn, and top_k, top_p or min_p may drop tokens."""
+    has_entries: bool
     num_logprobs: int | None
 
 
@@ -76,7 +77,7 @@ class SamplingTables:
         self.wholes = torch.zeros(num_slots, len(WHOLES), dtype=torch.int64, device=device)
         """[capacity, len(WHOLES)], int64, on the device. Seeds are 64 bits, whatever the sign."""
         self.last_tokens = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
-        """[capacity], int64, on the device."""
+        """[capacity], int64, on the device: -1 where there is none."""
         self.entries = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)
         """[num_entry_rows, vocab_size], int32, on the device; bits as drawn above."""
         self.biases = torch.zeros(1, BIAS_COLUMNS, dtype=torch.float64, device=device)
@@ -116,9 +117,12 @@ class SamplingTables:
         wholes = (seed, start.choice_index, top_k, params.min_tokens, entry_row)
         self._copy(fractions, self.fractions[start.slot])
         self._copy(wholes, self.wholes[start.slot])
+        self.last_tokens[start.slot].fill_(-1)
         is_drawn = params.temperature > 0.0
         is_filtered = is_drawn and bool(top_k or params.top_p < 1.0 or params.min_p)
-        self._slots[start.slot] = SlotDraws(is_drawn, is_filtered, params.num_logprobs)
+        self._slots[start.slot] = SlotDraws(
+            is_drawn, is_filtered, entry_row >= 0, params.num_logprobs
+        )
 
     def end(self, slot: int) -> None:
         """Forget a slot; nothing happens if it has not started."""
