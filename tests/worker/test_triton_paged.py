@@ -37,8 +37,9 @@ class TritonScene(Scene):
         """Attend with the backend; the cache then has what it has stored."""
         keys, values = self.new_tokens(self.keys), self.new_tokens(self.values)
         attention = self.attention()
-        new = (it.to(DEVICE) for it in (self.query, keys, values))
-        found = attention.prepare(self.step.on(DEVICE)).attend(1, *new, scaling).cpu()
+        query, keys, values = (it.to(DEVICE) for it in (self.query, keys, values))
+        step = attention.prepare(self.step.on(DEVICE))
+        found = step.attend(1, query, keys, values, scaling).cpu()
         self.storage.bytes.copy_(attention.storage.bytes)
         return found
 
@@ -281,3 +282,29 @@ def test_the_kernels_compile_for_a_gpu() -> None:
     for it in compiled:
         assert it.shared_bytes <= MAX_SHARED_BYTES, it
         assert it.spilled_bytes <= 16, it
+
+
+def launch_many_steps() -> None:
+    """Launch steps of many sizes, each over its own arrays, and a captured one's."""
+    layout = KVLayout.build(16, "bfloat16", (((4, 128), (4, 128), None),))
+    attention = TritonPagedAttention(KVStorage(layout, 700), 28, torch.bfloat16)
+    table = torch.arange(700)
+    query, key = (torch.zeros(n, 300, 128, dtype=torch.bfloat16) for n in (28, 4))
+    where = torch.zeros(300, dtype=torch.int64)
+    for num_decode in (0, 1, 3, 16):
+        for num_chunk in (0, 1, 16, 33):
+            rows = [PackedRow(i, 900 * (i % 8), 1, table) for i in range(num_decode)]
+            if num_chunk > 1:
+                rows.append(PackedRow(num_decode, 2000, num_chunk, table))
+            if rows:
+                step = attention.prepare(PackedStep(where, where, (where, where), tuple(rows)))
+                step.attend(0, query, key, key, 0.1)
+    static = StaticDecode(attention, 24, 4000)
+    for num_rows in (1, 8, 17, 24):
+        static.step(num_rows, (where, where)).attend(0, query, key, key, 0.1)
+
+
+def test_no_step_compiles_what_another_one_has_compiled() -> None:
+    """A kernel takes a second to compile: none may be compiled anew for another number of rows."""
+    names = [it.name for it in compile_launches("tests.worker.test_triton_paged:launch_many_steps")]
+    assert sorted(names) == ["attend", "attend", "join", "join", "store_vectors"]

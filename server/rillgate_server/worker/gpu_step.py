@@ -32,6 +32,8 @@ def make_device_runner(
     device = attention.device
     sampler = DeviceSampler(vocab_size, device, *([limits.max_running] if limits else []))
     graphs = None
+    if limits is not None and device.type == "cuda":
+        sampler.warm_up(attention.dtype)
     if limits is not None and limits.uses_graphs and network.is_capturable:
         graphs = capture_decode(network, attention, limits)
     return DeviceRunner(network, attention, transfer, sampler, graphs, draft_model)

@@ -65,7 +65,11 @@ def quantize_vector(vector, PADDED: tl.constexpr):  # type: ignore[no-untyped-de
     return whole.to(tl.int8), scale
 
 
-@triton.jit
+# Compiled once for each type and shape of heads: what differs from step to step is not looked at.
+@triton.jit(
+    do_not_specialize=["window", "items_stride"],
+    do_not_specialize_on_alignment=["tables", "items", "count"],
+)
 def attend(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915 - one pass, whole
     query,
     keys,
@@ -186,7 +190,7 @@ def attend(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915 - one pass
         tl.store(sums + left, most + tl.log2(total), mask=is_line)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["joins_stride"], do_not_specialize_on_alignment=["joins", "count"])
 def join(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     parts,
     sums,

@@ -91,6 +91,7 @@ class TritonPagedAttention:
         """Attend over a storage on a GPU, for a model of `dtype` with so many query heads."""
         self.storage = storage
         self.device = storage.bytes.device
+        self.dtype = dtype
         layers = storage.layout.layers
         shape = storage.layers[0].keys.shape_per_token
         self.num_kv_heads = shape[0]
@@ -130,8 +131,10 @@ class TritonPagedAttention:
         num_lines = self.num_kv_heads * max(
             num_decode * self.decode_tile.part_lines, num_chunk * self.chunk_tile.part_lines, 1
         )
-        lines = torch.empty(num_lines * (self.value_dim + 1), device=self.device)
-        return Parts(lines[num_lines:], lines[:num_lines])
+        return Parts(
+            torch.empty(num_lines * self.value_dim, device=self.device),
+            torch.empty(num_lines, device=self.device),
+        )
 
     def cut_rows(self, rows: Rows, *, is_decode: bool) -> list[Cut]:
         """Cut rows of one kind, for each window."""

@@ -75,7 +75,7 @@ def _quantize_row(x, whole, scales, size: tl.constexpr, BLOCK: tl.constexpr):  #
     tl.store(scales + row, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # a new number of rows compiles nothing
 def _product(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a launch has no structs
     x,
     x_scales,
