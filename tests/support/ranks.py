@@ -29,8 +29,8 @@ from rillgate_server.worker import collectives, rank_group
 from rillgate_server.worker.collectives import Collectives
 from rillgate_server.worker.compute_device import CPU, find_device, free_memory
 from rillgate_server.worker.kv_transfer import BlockCopier, Pairs
-from rillgate_server.worker.rank_executor import RankExecutor
 from rillgate_server.worker.model_runner import ModelRunner
+from rillgate_server.worker.rank_executor import RankExecutor
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_loop import run_rank
 from rillgate_server.worker.rendezvous import RankPlace

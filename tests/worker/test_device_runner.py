@@ -27,6 +27,7 @@ from rillgate_server.worker.network.transformers_network import TransformersNetw
 from rillgate_server.worker.step_memory import compute_largest_step
 from rillgate_server.worker.worker import Worker
 from tests.support.checkpoints import VOCAB_SIZE
+from tests.support.networks import PassingNetwork
 from tests.support.planner import Executes, Job, Planner
 from tests.support.worker_fixtures import BLOCK_SIZE, MakeCheckpoint, load_worker
 
@@ -152,26 +153,19 @@ def test_a_row_that_breaks_fails_alone_and_the_plan_after_it_is_harmless(
     assert runner.execute(again).token_ids == alone.execute(again).token_ids
 
 
-class SmallMemory:
-    """A network that has too little memory for more than some tokens (Network)."""
+class SmallMemory(PassingNetwork):
+    """A network that has too little memory for more than some tokens."""
 
     def __init__(self, network: Network, max_tokens: int) -> None:
         """Run `network` where it fits."""
-        self.network = network
+        super().__init__(network)
         self.max_tokens = max_tokens
-        self.is_split = False
-        self.is_capturable = False
-        self.num_heads = network.num_heads
 
     def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Raise where torch would."""
         if len(tokens) > self.max_tokens:
             raise torch.OutOfMemoryError(f"{len(tokens)} tokens")
-        return self.network.hidden(tokens, positions, step)
-
-    def logits(self, hidden: Tensor) -> Tensor | None:
-        """Apply the output head."""
-        return self.network.logits(hidden)
+        return super().hidden(tokens, positions, step)
 
 
 def test_a_step_with_too_little_memory_is_computed_in_halves(checkpoint: MakeCheckpoint) -> None:
@@ -200,12 +194,12 @@ def test_the_largest_step_is_what_limits_allow(checkpoint: MakeCheckpoint) -> No
     assert (seen.num_tokens, seen.num_logits) == ([50], [3])
 
 
-class Watched(SmallMemory):
+class Watched(PassingNetwork):
     """A network that notes what it computes."""
 
     def __init__(self, network: Network) -> None:
         """Note nothing yet."""
-        super().__init__(network, 1 << 30)
+        super().__init__(network)
         self.num_tokens: list[int] = []
         self.num_logits: list[int] = []
 

@@ -18,7 +18,6 @@ from rillgate_server.worker.attention.sdpa import SdpaAttention
 from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import KVTransfer
 from rillgate_server.worker.model_runner import ModelRunner
-from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.worker import Worker
 from tests.support.checkpoints import KINDS, VOCAB_SIZE
 from tests.support.equality import (
@@ -28,6 +27,7 @@ from tests.support.equality import (
     logprob_error,
     mixed_prompts,
 )
+from tests.support.networks import PassingNetwork
 from tests.support.planner import Executes, Job, Planner
 from tests.support.reference import Reference, generate, load_reference
 from tests.support.worker_fixtures import (
@@ -211,19 +211,12 @@ def new_blocks_off_by_one(plan: StepPlan) -> StepPlan:
     return replace(plan, rows=rows)
 
 
-class PositionsOffByOne:
+class PositionsOffByOne(PassingNetwork):
     """A network that is told wrong positions from the 21st on."""
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
 
     def hidden(self, tokens: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Shift late positions only: rotary embeddings do not notice if all are shifted."""
-        return self._network.hidden(tokens, positions + (positions > 20), step)
-
-    def logits(self, hidden: Tensor) -> Tensor | None:
-        """Pass on."""
-        return self._network.logits(hidden)
+        return self.network.hidden(tokens, positions + (positions > 20), step)
 
 
 @pytest.mark.parametrize("fault", [table_off_by_one, one_stale_block, new_blocks_off_by_one])

@@ -70,7 +70,7 @@ def quantize_vector(vector, PADDED: tl.constexpr):  # type: ignore[no-untyped-de
     do_not_specialize=["window", "items_stride"],
     do_not_specialize_on_alignment=["tables", "items", "count"],
 )
-def attend(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915 - one pass, whole
+def attend(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915  # size: a third is arguments
     query,
     keys,
     key_scales,

@@ -302,18 +302,23 @@ class TritonStep:
             num_stages=tile.num_stages,
         )
         if pieces.joins.shape[1]:
-            join[pieces.joins.shape[1], of.num_kv_heads](
-                self._parts.found,
-                self._parts.sums,
-                pieces.joins,
-                pieces.counts[1:],
-                output,
-                pieces.joins.shape[1],
-                **shape,
-                DIM=of.value_dim,
-                PADDED=_padded(of.value_dim),
-                num_warps=tile.num_warps,
-            )
+            self._join(pieces, output, shape)
+
+    def _join(self, pieces: Pieces, output: Tensor, shape: dict[str, int]) -> None:
+        """Join what tiles of several items have left."""
+        of = self._attention
+        join[pieces.joins.shape[1], of.num_kv_heads](
+            self._parts.found,
+            self._parts.sums,
+            pieces.joins,
+            pieces.counts[1:],
+            output,
+            pieces.joins.shape[1],
+            **shape,
+            DIM=of.value_dim,
+            PADDED=_padded(of.value_dim),
+            num_warps=pieces.tile.num_warps,
+        )
 
 
 def try_kernels(device: torch.device) -> None:
