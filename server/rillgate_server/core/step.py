@@ -153,6 +153,8 @@ class StepTimes:
     sample_s: float = 0.0
     draft_s: float = 0.0
     """Of the draft model."""
+    device_idle_s: float = 0.0
+    """Before this step: the device had nothing to do although work was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,8 @@ class StepResult:
     """(slot, one entry per position of the row that predicts a prompt token)."""
     failed_rows: tuple[FailedRow, ...] = ()
     finished_copies: tuple[CopyDone, ...] = ()
-    """All that ended since the last result, in no promised order."""
+    """All that ended since the last result, in no promised order; those of a plan that has begun
+    behind this one may be among them."""
     times: StepTimes = field(default_factory=StepTimes)
     proposals: tuple[tuple[int, ...], ...] = ()
     """The draft model's: one entry per sampling row when any row asked for some, else empty."""
