@@ -25,11 +25,11 @@ def test_after_a_failed_plan_its_ended_slots_are_announced_again() -> None:
     """The worker may have raised before it read them."""
     slots = Slots(2)
     slots.give_back(slots.take())
-    slots.announce()
+    announced = slots.announce()
     slots.take()
     slots.give_back(0)
     slots.give_back(slots.take())
-    slots.plan_failed()
+    slots.plan_failed(announced)
     assert slots.announce() == (0,)
     assert slots.announce() == ()
 

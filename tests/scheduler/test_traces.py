@@ -1,5 +1,6 @@
 """Random traces through the whole control plane, against answers made one request at a time.
 
+Half of them have two plans in flight, over a device that is now ahead of the host, now behind.
 After every step the driver proves the integrity of pools, index, queue and batch, and at the end
 that every block is free or cached. `RILLGATE_TRACES=10000 pytest --timeout 3600 …` plays more
 traces than a commit waits for.
@@ -33,6 +34,7 @@ from rillgate_server.engine.testing import FakeCopies
 from tests.support.answers import EOS, reference_answer
 from tests.support.drafts import random_draft_model
 from tests.support.engine import Driver, Limits, make_request
+from tests.support.pipelined import PipelinedDriver
 
 NUM_TRACES = int(os.environ.get("RILLGATE_TRACES", "2000"))
 NUM_PARTS = 8
@@ -98,10 +100,11 @@ class Abort:
 
 @dataclass(frozen=True)
 class Steps:
-    """So many steps without an arrival; the first one may be lost."""
+    """So many steps without an arrival; the first one may be lost, or refused as it begins."""
 
     count: int
     loses_first: bool = False
+    refuses_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,9 @@ def random_trace(rng: random.Random) -> list[Event]:
         trace.append(random_arrival(rng, request_id))
         if rng.random() < 0.3:
             trace.append(random_interruption(rng))
-        trace.append(Steps(rng.choice((0, 1, 2, 7, 20)), loses_first=rng.random() < 0.03))
+        mishap = rng.random()
+        count = rng.choice((0, 1, 2, 7, 20))
+        trace.append(Steps(count, mishap < 0.03, 0.03 <= mishap < 0.06))
     return trace
 
 
@@ -216,6 +221,7 @@ def random_limits(rng: random.Random) -> Limits:
             rng.randint(1, 7),
             "a model",
         ),
+        max_plans_in_flight=rng.choice((1, 2)),
     )
 
 
@@ -260,8 +266,10 @@ class Player:
             case Abort(age, choice, moment) if age < len(self.ids):
                 self._wait_for(moment)
                 self._abort(self._victim(age, moment), choice, moment)
-            case Steps(count, loses_first):
+            case Steps(count, loses_first, refuses_first):
                 driver.loses_next_step = loses_first
+                if isinstance(driver, PipelinedDriver):
+                    driver.loses_next_begin = refuses_first
                 for _ in range(count):
                     driver.step()
             case Flush(moment):
@@ -330,6 +338,20 @@ class Player:
                 return True
 
 
+def make_driver(rng: random.Random, limits: Limits) -> Driver:
+    """Build what plays a trace."""
+    copies = random_copies(rng)
+    if limits.max_plans_in_flight == 1:
+        return Driver(limits, fail_rows=fail_poisoned, copies=copies)
+    speed = rng.choice((0.0, 0.5, 1.0))
+    return PipelinedDriver(
+        limits,
+        fail_rows=fail_poisoned,
+        copies=copies,
+        is_device_fast=lambda: rng.random() < speed,
+    )
+
+
 def tell_what_happened(driver: Driver) -> None:
     """Let `pytest --hypothesis-show-statistics` say how much of the traces meets what."""
     load = driver.scheduler.load(driver.clock.now())
@@ -344,9 +366,10 @@ def tell_what_happened(driver: Driver) -> None:
         "drafted": load.num_drafted_tokens,
         "accepted drafts": load.num_accepted_tokens,
     }
+    plans = f" ({driver.limits.max_plans_in_flight} plans)"
     for name, count in met.items():
         if count:
-            event(name)
+            event(name + plans)
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
@@ -366,7 +389,7 @@ def test_any_trace_gives_every_request_its_own_answer_and_leaves_no_block_behind
     """
     rng = random.Random(seed * NUM_PARTS + part)
     limits, trace = random_limits(rng), random_trace(rng)
-    driver = Driver(limits, fail_rows=fail_poisoned, copies=random_copies(rng))
+    driver = make_driver(rng, limits)
     driver.fake.propose = random_draft_model(rng, driver.fake)
     trace = [entry for entry, is_kept in zip(trace, kept, strict=False) if is_kept]
     note(f"{limits}, {trace}")

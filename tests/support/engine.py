@@ -21,7 +21,12 @@ from rillgate_server.core.step import (
     StepResult,
 )
 from rillgate_server.engine.executor import Executor
-from rillgate_server.engine.testing import FakeCopies, FakeExecutor, FakeModel
+from rillgate_server.engine.testing import (
+    FakeCopies,
+    FakeExecutor,
+    FakeModel,
+    PipelinedFakeExecutor,
+)
 from rillgate_server.scheduler.scheduler import Scheduler
 from tests.support.answers import EOS, MODEL, Answers
 from tests.support.block_index import KnownBlocks
@@ -61,6 +66,7 @@ class Limits:
     load_policy: str = "auto"
     audit: bool = False
     speculation: SpeculationConfig = NO_SPECULATION
+    max_plans_in_flight: int = 1
 
     def make_scheduler(self) -> Scheduler:
         """Build an idle scheduler."""
@@ -70,6 +76,7 @@ class Limits:
             max_running=self.max_running,
             max_waiting_requests=self.max_waiting_requests,
             max_waiting_tokens=self.max_waiting_tokens,
+            max_plans_in_flight=self.max_plans_in_flight,
         )
         cache = CacheConfig(
             block_size_tokens=self.block_size_tokens,

@@ -48,6 +48,12 @@ class BatcherConfig:
     """Time without a start after which a waiting priority class counts as one class higher, for one
     choice, 0.1 to 86,400 s. Higher: a stricter order of classes, longer waits for the lowest."""
 
+    max_plans_in_flight: int = 2
+    """Steps that the device may have at a time, 1 or 2. With 2 the next one is formed while it
+    computes, so it does not idle between them. A CPU has one at a time, and so has a replica of
+    several ranks. Higher: shorter gaps between tokens; who comes starts up to a step later, and a
+    choice that ends on a stop token is computed for one step in vain."""
+
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its range."""
         check("batcher.max_step_tokens", self.max_step_tokens, 1, 1 << 20)
@@ -58,6 +64,7 @@ class BatcherConfig:
         check("batcher.max_queue_delay_ms", self.max_queue_delay_ms, 0, 10_000)
         check("batcher.preferred_batch_size", self.preferred_batch_size, 1, 4096)
         check("batcher.aging_s", self.aging_s, 0.1, 86_400)
+        check("batcher.max_plans_in_flight", self.max_plans_in_flight, 1, 2)
         if self.max_step_tokens < self.max_running:
             raise ConfigError(
                 f"batcher.max_step_tokens is {self.max_step_tokens}; allowed: at least "

@@ -155,6 +155,11 @@ class EngineLoad:
     """Share of the device tier's blocks that no request uses, 0 to 1."""
     longest_step_s: float = 0.0
     """The longest step that the fitted costs predict; 0 until measured."""
+    device_idle_s_per_step: float = 0.0
+    """For which the device had nothing to do before a step although work was there, averaged over
+    about the last hundred steps that followed another; 0 where nobody measures it."""
+    num_following_steps: int = 0
+    """Steps since the start that followed another: something ran on when they were formed."""
 
     @property
     def frozen_after_s(self) -> float:

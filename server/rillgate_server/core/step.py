@@ -166,7 +166,7 @@ class StepTimes:
     draft_s: float = 0.0
     """Of the draft model."""
     device_idle_s: float = 0.0
-    """Before this step, since the end of the one before: the device had nothing to do."""
+    """Before this step: the device had nothing to do although work was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,8 @@ class StepResult:
     """(slot, one entry per position of the row that predicts a prompt token)."""
     failed_rows: tuple[FailedRow, ...] = ()
     finished_copies: tuple[CopyDone, ...] = ()
-    """All that ended since the last result, in no promised order."""
+    """All that ended since the last result, in no promised order; those of a plan that has begun
+    behind this one may be among them."""
     times: StepTimes = field(default_factory=StepTimes)
     proposals: tuple[tuple[int, ...], ...] = ()
     """The draft model's: one entry per sampling row when any row asked for some, else empty."""

@@ -168,7 +168,10 @@ class EngineLoop:
         return self._idle.wait(timeout_s)
 
     def stop(self, timeout_s: float) -> bool:
-        """End after the step under way and fail what is left; return whether it was in time."""
+        """End after the step under way and fail what is left; return whether it was in time.
+
+        Steps that have begun behind it are waited for, and what they give is dropped.
+        """
         if self._thread.ident is None:
             self._close("the engine was never started")
         if not self._thread.is_alive():
@@ -205,6 +208,7 @@ class EngineLoop:
                     self._step()
                 self._tell_blocks()
                 self._publish_load()
+            self._engine.drop_begun()
         except RankLost as error:
             self.give_up(error)
         except Exception as error:  # the border of this thread: say so, never die in silence
@@ -284,7 +288,7 @@ class EngineLoop:
             self._num_failed_steps += 1
             # The caller gets no text of the exception: it may name paths or hold a prompt.
             message = f"the engine step failed ({type(error).__name__})"
-            output = self._engine.scheduler.fail_plan(message, self._clock.now())
+            output = self._engine.fail_step(message)
             if self._num_failed_steps >= MAX_FAILED_STEPS:
                 self._say(output)
                 raise

@@ -8,6 +8,7 @@ What the blocks of both tiers hold, and the copies between them, are `engine.tes
 """
 
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -29,6 +30,7 @@ __all__ = [
     "FakeExecutor",
     "FakeModel",
     "FakeSlot",
+    "PipelinedFakeExecutor",
     "fake_logprobs",
 ]
 
@@ -72,6 +74,8 @@ class FakeSlot:
         self.token_ids: list[int] = []
         self.cells: list[Cell] = []  # position -> what the cache must hold there
         self.block_table = list(start.block_table)
+        self.is_failed = False
+        """Whether a row of it failed: as with NaN, so does every row behind it."""
         self.append(start.token_ids)
 
     def copy(self) -> "FakeSlot":
@@ -133,9 +137,17 @@ class FakeExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step; raises CacheMismatch when the plan or the cache is wrong."""
-        self.num_steps += 1
+        self.begin_copies(plan)
+        return self.compute(plan)
+
+    def begin_copies(self, plan: StepPlan) -> None:
+        """Begin a plan's copies, ahead of the rest of it."""
         for job in plan.copies:
             self._storage.begin(job)
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        """Compute one step whose copies have begun; raises CacheMismatch as `execute` does."""
+        self.num_steps += 1
         if self._before_step is not None:
             self._before_step(plan)
         for ended in plan.ended_slots:
@@ -153,6 +165,8 @@ class FakeExecutor:
     def _write(self, row: RowPlan) -> None:
         slot = self.slots[row.slot]
         slot.block_table += row.new_blocks
+        if slot.is_failed:
+            return
         end = row.start + row.num_tokens
         known_end = end - len(row.draft_token_ids)
         is_behind = known_end == len(slot.token_ids) and row.samples
@@ -182,9 +196,10 @@ class FakeExecutor:
         failed: list[FailedRow] = []
         for row in plan.rows:
             slot = self.slots[row.slot]
-            context = self._gather(row, slot)
-            message = self._fail_rows(row, context) if self._fail_rows is not None else None
+            context = [] if slot.is_failed else self._gather(row, slot)
+            message = self._fault_of(row, slot, context)
             if message is not None:
+                slot.is_failed = True
                 failed.append(FailedRow(row.slot, message))
             if row.prompt_logprobs:
                 prompt_logprobs.append((row.slot, _prompt_entries(row, slot)))
@@ -205,6 +220,11 @@ class FakeExecutor:
             self._storage.step_done(),
             proposals=tuple(proposals) if any(proposals) else (),
         )
+
+    def _fault_of(self, row: RowPlan, slot: FakeSlot, context: Sequence[int]) -> str | None:
+        if slot.is_failed:
+            return "a row before it failed"
+        return self._fail_rows(row, context) if self._fail_rows is not None else None
 
     def _draw(self, row: RowPlan, slot: FakeSlot, context: Sequence[int]) -> tuple[int, ...]:
         """Draw behind the context, and behind each draft that is what was drawn before it."""
@@ -246,6 +266,70 @@ class FakeExecutor:
                 f"{slot.block_table[position // self._size]} holds {held}, "
                 f"expected token {slot.token_ids[position]}"
             )
+
+
+class PipelinedFakeExecutor:
+    """Holds two plans over a FakeExecutor, and computes each when it is told to, or has to.
+
+    What was begun is computed by `compute`, one plan at a time, and at the latest by `finish`. So a
+    test decides how far the device has come when the next plan is formed. State: the plans begun
+    and not computed, and the outcomes that nobody has fetched.
+    """
+
+    def __init__(self, fake: FakeExecutor) -> None:
+        """Let `fake` compute; what it is told to do, it does here too."""
+        self.before_begin: Callable[[StepPlan], None] | None = None
+        """Runs in each `begin` once its copies have begun; it may raise. A test sets it."""
+        self._fake = fake
+        self._begun: deque[StepPlan] = deque()
+        self._outcomes: deque[StepResult | Exception] = deque()
+
+    def __repr__(self) -> str:
+        steps = [plan.step_id for plan in self._begun]
+        return f"PipelinedFakeExecutor(begun={steps}, computed={len(self._outcomes)}, {self._fake})"
+
+    @property
+    def max_plans_in_flight(self) -> int:
+        """How many plans it holds (PipelinedExecutor.max_plans_in_flight)."""
+        return 2
+
+    @property
+    def num_begun(self) -> int:
+        """Plans begun and not finished."""
+        return len(self._begun) + len(self._outcomes)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one step while nothing is begun (Executor.execute)."""
+        if self.num_begun:
+            raise CacheMismatch(f"step {plan.step_id} is executed while others are begun")
+        return self._fake.execute(plan)
+
+    def begin(self, plan: StepPlan) -> None:
+        """Take a plan (PipelinedExecutor.begin)."""
+        if self.num_begun >= self.max_plans_in_flight:
+            raise CacheMismatch(f"step {plan.step_id} is one plan too many: {self}")
+        self._fake.begin_copies(plan)
+        if self.before_begin is not None:
+            self.before_begin(plan)
+        self._begun.append(plan)
+
+    def compute(self) -> None:
+        """Let the device compute the next plan, if there is one."""
+        if self._begun:
+            plan = self._begun.popleft()
+            try:
+                self._outcomes.append(self._fake.compute(plan))
+            except Exception as error:  # it is `finish` that raises it
+                self._outcomes.append(error)
+
+    def finish(self) -> StepResult:
+        """Return the oldest plan's result, or raise what it raised (PipelinedExecutor.finish)."""
+        if not self._outcomes:
+            self.compute()
+        outcome = self._outcomes.popleft()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 def _cell_after(before: Cell, token_id: int) -> Cell:

@@ -11,6 +11,11 @@ Decode rows come first and there are never more than max_running <= max_step_tok
 every running stream gets a token in every step, whatever enters. Drafts take at most half of what
 they leave, and only blocks that nobody needs to grow: they delay nobody's start for long, and
 nobody is preempted for a guess.
+
+While plans are open the next one goes on from where they end, in positions alone. None is formed
+that would need their results: for tokens to draft behind, or for blocks, since nothing is taken
+from a sequence that an open plan names. The rejected alternative, to leave such sequences out,
+splits a batch into halves that take turns, and a step of half the rows takes as long.
 """
 
 import math
@@ -20,25 +25,13 @@ from rillgate_server.config.groups import BatcherConfig
 from rillgate_server.core.step import RowPlan, SlotStart, StepPlan
 from rillgate_server.kvcache.cost_model import StepWork
 from rillgate_server.scheduler.drafting import BatchCost, Drafter
+from rillgate_server.scheduler.open_plans import OpenPlan, OpenPlans
 from rillgate_server.scheduler.request_queue import RequestQueue
 from rillgate_server.scheduler.running_batch import RunningBatch
 from rillgate_server.scheduler.sequence import Sequence, SequenceState
 
 _STORE_STEPS = 2
 """Steps that a store takes, about: growth of so many steps is kept out of its way."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenPlan:
-    """A plan whose result is not there yet."""
-
-    plan: StepPlan
-    sequences: tuple[Sequence, ...]
-    """One per row, in the plan's order."""
-    started: tuple[Sequence, ...]
-    """Those that begin to run with this step."""
-    work: StepWork
-    began_s: float
 
 
 @dataclass(slots=True)
@@ -81,14 +74,21 @@ class PlanFormer:
     """
 
     def __init__(
-        self, config: BatcherConfig, batch: RunningBatch, queue: RequestQueue, drafter: Drafter
+        self,
+        config: BatcherConfig,
+        batch: RunningBatch,
+        queue: RequestQueue,
+        drafter: Drafter,
+        open_plans: OpenPlans,
     ) -> None:
-        """Take the batch and the queue that plans are formed from, and who makes drafts."""
+        """Take the batch and the queue that plans are formed from, who makes drafts, and the plans
+        that the next one follows."""
         self.step_id = 0
         self._config = config
         self._batch = batch
         self._queue = queue
         self._drafter = drafter
+        self._open = open_plans
         self._num_drafts = 0  # of the latest plan
         self._gathering_since_s: float | None = None
         self._latest_start_s = math.inf
@@ -105,8 +105,14 @@ class PlanFormer:
         return num_running and 1 + -(-num_tokens // size)
 
     def form(self, now: float) -> OpenPlan | None:
-        """Form the next step; None when nothing can be computed or copied, or is to wait."""
+        """Form the next step; None when nothing can be computed or copied, or is to wait.
+
+        The plan is not among the open ones yet.
+        """
+        if self._open and self._needs_results():
+            return None
         batch, sketch = self._batch, _Sketch()
+        is_following = bool(self._open or batch.sequences)
         for broken in batch.take_broken():
             self._queue.push(broken, now)
             self.end_window_by(now)  # it has waited once
@@ -119,20 +125,34 @@ class PlanFormer:
         if not self.gathering_s(now):
             self._admit(sketch, budget, now)
         batch.cache.plan_stores(self.store_headroom_blocks)
-        copies = batch.cache.take_copies()
-        if not sketch.rows and not batch.cache.has_copies:
+        # Copies alone wait for the open plans: a plan without rows may take as long as a copy.
+        if not sketch.rows and (self._open or not batch.cache.has_copies):
             return None
-        for sequence in sketch.sequences:
-            sequence.is_planned = True
+        for row, sequence in zip(sketch.rows, sketch.sequences, strict=True):
+            sequence.plan_row(row)
         self.step_id += 1
         plan = StepPlan(
             self.step_id,
             tuple(sketch.starts),
             tuple(sketch.rows),
             batch.slots.announce(),
-            copies,
+            batch.cache.take_copies(),
         )
-        return OpenPlan(plan, tuple(sketch.sequences), tuple(sketch.started), sketch.work, now)
+        sequences, started = tuple(sketch.sequences), tuple(sketch.started)
+        return OpenPlan(plan, sequences, started, sketch.work, now, is_following)
+
+    def _needs_results(self) -> bool:
+        """Whether the plan after the open ones must wait for what comes of them."""
+        if not self._open.newest.plan.rows:
+            return True  # it waits for a copy; whoever comes meanwhile may need its blocks
+        cache, num_new = self._batch.cache, 0
+        for sequence in self._batch.sequences:
+            if sequence.drafts is not None and sequence.num_plans:
+                return True
+            if sequence.can_decode:
+                num_blocks = cache.num_blocks_for(sequence.num_planned + 1)
+                num_new += max(0, num_blocks - len(sequence.table.blocks))
+        return num_new > cache.pool.num_available
 
     def forget_window(self) -> None:
         """Note that work comes to an idle replica: whatever window there was is over.
@@ -164,9 +184,9 @@ class PlanFormer:
         batch, try_grow = self._batch, self._batch.cache.try_grow
         decoding: list[tuple[Sequence, tuple[int, ...]]] = []
         for sequence in tuple(batch.sequences):
-            if sequence.state is not SequenceState.RUNNING or sequence.num_remaining != 1:
+            if sequence.state is not SequenceState.RUNNING or not sequence.can_decode:
                 continue
-            num_tokens = len(sequence.token_ids)
+            num_tokens = sequence.num_planned + 1
             while (new_blocks := try_grow(sequence.table, num_tokens)) is None:
                 position = batch.sequences.index(sequence)
                 if position == len(batch.sequences) - 1 and batch.cache.has_copies:
@@ -179,10 +199,10 @@ class PlanFormer:
                     break
             if new_blocks is not None:
                 decoding.append((sequence, new_blocks))
-        costs = BatchCost(len(decoding), sum(len(s.token_ids) for s, _ in decoding))
+        costs = BatchCost(len(decoding), sum(s.num_planned + 1 for s, _ in decoding))
         budget = (self._config.max_step_tokens - len(decoding)) // 2
         for sequence, new_blocks in decoding:
-            row = RowPlan(sequence.slot, len(sequence.token_ids) - 1, 1, new_blocks)
+            row = RowPlan(sequence.slot, sequence.num_planned, 1, new_blocks)
             if sequence.drafts is not None:
                 row = self._with_drafts(row, sequence, budget, costs)
                 budget -= len(row.draft_token_ids)
@@ -194,6 +214,7 @@ class PlanFormer:
     ) -> RowPlan:
         """Add drafts to a decode row, as far as budget and blocks reach."""
         assert sequence.drafts is not None
+        assert not sequence.num_plans, sequence  # all of its tokens are known
         cache, drafter, num_known = self._batch.cache, self._drafter, len(sequence.token_ids)
         num_left = sequence.group.request.max_tokens - sequence.num_generated
         most = min(num_left - 1, budget)  # the step gives a token more than its drafts
@@ -226,7 +247,7 @@ class PlanFormer:
         for sequence in self._batch.sequences:
             if budget == 0:
                 break
-            if sequence.num_remaining > 1 and id(sequence) not in just_started:
+            if sequence.num_unplanned > 1 and id(sequence) not in just_started:
                 budget -= self._add_chunk(sketch, sequence, budget)
         return budget
 
@@ -265,13 +286,13 @@ class PlanFormer:
 
     def _add_chunk(self, sketch: _Sketch, sequence: Sequence, budget: int) -> int:
         """Add as much of a prefill as the budget allows; return its tokens."""
-        start, num_tokens = sequence.num_computed, min(sequence.num_remaining, budget)
+        start, num_tokens = sequence.num_planned, min(sequence.num_unplanned, budget)
         sketch.rows.append(
             RowPlan(
                 sequence.slot,
                 start,
                 num_tokens,
-                samples=num_tokens == sequence.num_remaining,
+                samples=num_tokens == sequence.num_unplanned,
                 prompt_logprobs=sequence.gathers_prompt_logprobs
                 and start < sequence.num_prompt_tokens - 1,
             )

@@ -11,6 +11,7 @@ blocks chunk by chunk, lets two long prompts block each other half-way.
 from bisect import insort
 from collections.abc import Iterable
 
+from rillgate_server.core.step import RowPlan
 from rillgate_server.kvcache.manager import KVCacheManager
 from rillgate_server.scheduler.sequence import Sequence, SequenceState
 from rillgate_server.scheduler.slots import Slots
@@ -23,12 +24,12 @@ time to the first token in simulated conversations over buses of 10 MB/s to 4 GB
 class RunningBatch:
     """Sequences in state RUNNING or LOADING, those of higher classes and of earlier arrival first.
 
-    State: the two lists, the slots, the cache, and ended sequences whose blocks an open plan names:
+    State: the two lists, the slots, the cache, and ended sequences whose blocks open plans name:
 
-        LOADING ──its copies ended──▶ RUNNING ──end──▶ not in the open plan: blocks and slot are
-                                                       free at once
-                                              └──────▶ in the open plan: `closing`, free when its
-                                                       result is there
+        LOADING ──its copies ended──▶ RUNNING ──end──▶ in no open plan: blocks and slot are free
+                                                       at once
+                                              └──────▶ in an open plan: `closing`, free when the
+                                                       last plan that names it is done
     """
 
     def __init__(self, cache: KVCacheManager, max_running: int) -> None:
@@ -69,7 +70,7 @@ class RunningBatch:
         )
         if started is None:
             return False
-        sequence.num_computed = started.num_hit_tokens
+        sequence.begin_at(started.num_hit_tokens)
         sequence.num_host_tokens = started.num_host_tokens
         sequence.slot = self.slots.take()
         if sequence.table.pending_copies:
@@ -122,7 +123,7 @@ class RunningBatch:
             (s for s in reversed(candidates) if s.group.request.priority == lowest),
             key=lambda s: restart_s(s.table, s.num_computed),
         )
-        assert not victim.is_planned, victim
+        assert not victim.num_plans, victim  # nothing is taken from whom an open plan names
         self.sequences.remove(victim)
         is_swap = self.cache.choose_swap(victim.table, victim.num_computed)
         self._release(victim, is_saved_later=is_swap)
@@ -136,24 +137,27 @@ class RunningBatch:
             sequence
         )
         sequence.state = SequenceState.ENDED
-        if sequence.is_planned:
+        if sequence.num_plans:
             self.closing.append(sequence)
         else:
             self._release(sequence)
 
-    def plan_done(self, planned: Iterable[Sequence]) -> None:
-        """Free what ended while the plan was open."""
-        for sequence in planned:
-            sequence.is_planned = False
-        for sequence in self.closing:
-            self._release(sequence)
-        self.closing.clear()
+    def plan_done(self, planned: Iterable[tuple[RowPlan, Sequence]]) -> None:
+        """Free what ended while the plan, the oldest one, was open, and is in no later one."""
+        for row, sequence in planned:
+            sequence.row_done(row)
+        closing, self.closing = self.closing, []
+        for sequence in closing:
+            if sequence.num_plans:
+                self.closing.append(sequence)
+            else:
+                self._release(sequence)
 
     def _release(self, sequence: Sequence, *, is_saved_later: bool = True) -> None:
         self.cache.free(sequence.table, is_saved_later=is_saved_later)
         self.slots.give_back(sequence.slot)
         sequence.slot = -1
-        sequence.num_computed = 0
+        sequence.begin_at(0)
 
     def check_integrity(self) -> None:
         """Prove order, states, positions and blocks."""
@@ -161,7 +165,7 @@ class RunningBatch:
         for sequence in self.sequences + self.loading:
             assert 0 <= sequence.num_computed < len(sequence.token_ids), sequence
             covered = len(sequence.table.blocks) * self.cache.block_size_tokens
-            assert covered >= len(sequence.token_ids) - 1, sequence
+            assert covered >= max(len(sequence.token_ids) - 1, sequence.num_planned), sequence
             committed = sequence.table.num_committed * self.cache.block_size_tokens
             assert committed <= sequence.num_computed, sequence
         for sequence in self.sequences:
@@ -169,10 +173,10 @@ class RunningBatch:
             assert not sequence.table.pending_copies, sequence
         for sequence in self.loading:
             assert sequence.state is SequenceState.LOADING, sequence
-            assert not sequence.is_planned, sequence
+            assert not sequence.num_plans, sequence
         for sequence in self.closing:
             assert sequence.state is SequenceState.ENDED, sequence
-            assert sequence.is_planned, sequence
+            assert sequence.num_plans, sequence
         holders = self.sequences + self.loading + self.closing
         self.slots.check_integrity([sequence.slot for sequence in holders])
         self.cache.check_integrity(sequence.table for sequence in holders)

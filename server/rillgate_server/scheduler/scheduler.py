@@ -1,16 +1,16 @@
 """The batcher: takes requests, forms steps, applies results.
 
-Owns the open plan, and the order in which the parts below are asked. Pure and synchronous: time
-comes in as `now`, and effects are the engine's. Called from one thread. Does not know tensors,
-text, sockets or threads.
+Owns the order in which the parts below are asked. Pure and synchronous: time comes in as `now`,
+and effects are the engine's. Called from one thread. Does not know tensors, text, sockets or
+threads.
 
     add ──▶ Admission ──▶ RequestQueue ──▶ RunningBatch ──▶ ended         RequestTable: who it is,
             (refuses)        ▲             (loads, runs)                  and what is told of it
                              └── preempted, load failed
-    schedule: PlanFormer chooses      update: results become tokens and events
+    schedule: PlanFormer chooses ──▶ OpenPlans ──▶ update: results become tokens and events
 
-At most one plan is open. While it is, the blocks that it names are owned, whatever happens to
-their request; a result for a request that ended meanwhile is dropped.
+While a plan is open, the blocks that it names are owned, whatever happens to their request; a
+result for a request that ended meanwhile is dropped.
 """
 
 from dataclasses import replace
@@ -21,15 +21,15 @@ from rillgate_server.core.block_hash import root_hash
 from rillgate_server.core.load import EngineLoad, FlushedBlocks
 from rillgate_server.core.model_spec import CacheSizes, ModelSpec
 from rillgate_server.core.request import Rejection, RejectReason, Request, Speculation
-from rillgate_server.core.step import RowPlan, StepOutput, StepPlan, StepResult
-from rillgate_server.errors import EngineFailure
+from rillgate_server.core.step import CopyDone, RowPlan, StepOutput, StepPlan, StepResult
 from rillgate_server.kvcache.block_table import BlockTable
 from rillgate_server.kvcache.cost_model import CostModel, StepWork
 from rillgate_server.kvcache.manager import KVCacheManager
 from rillgate_server.kvcache.tier_plan import CachePolicy
 from rillgate_server.scheduler.admission import Admission
 from rillgate_server.scheduler.drafting import Drafter
-from rillgate_server.scheduler.plan_former import OpenPlan, PlanFormer
+from rillgate_server.scheduler.open_plans import OpenPlan, OpenPlans
+from rillgate_server.scheduler.plan_former import PlanFormer
 from rillgate_server.scheduler.request_queue import RequestQueue
 from rillgate_server.scheduler.request_table import RequestTable
 from rillgate_server.scheduler.running_batch import RunningBatch
@@ -45,8 +45,7 @@ Sampled = list[tuple[Sequence, int]]
 class Scheduler:
     """Continuous batching over one cache.
 
-    State: the open plan, the times of the latest progress and of the latest prefill; and what its
-    parts own.
+    State: the times of the latest progress and of the latest prefill; and what its parts own.
     """
 
     def __init__(
@@ -76,18 +75,23 @@ class Scheduler:
         )
         self._requests = RequestTable(self._queue, self._batch, self._admission)
         self._drafter = Drafter(speculation, self._costs)
-        self._former = PlanFormer(batcher, self._batch, self._queue, self._drafter)
+        self._open = OpenPlans(batcher.max_plans_in_flight)
+        self._former = PlanFormer(batcher, self._batch, self._queue, self._drafter, self._open)
         self._longest_step = _longest_step(batcher, spec, sizes, cache.block_size_tokens)
         self._num_pageable_host_blocks = sizes.num_pageable_host_blocks
-        self._open: OpenPlan | None = None
         self._progress_s = 0.0
         self._measured_s = 0.0
 
     def __repr__(self) -> str:
         return (
             f"Scheduler({self._former}, {self._requests}, {self._queue}, {self._batch}, "
-            f"open={self._open is not None})"
+            f"{self._open})"
         )
+
+    @property
+    def max_plans_in_flight(self) -> int:
+        """Most plans that may be open; who has them computed may hold fewer."""
+        return self._open.max_plans
 
     @property
     def has_work(self) -> bool:
@@ -98,7 +102,7 @@ class Scheduler:
 
     def seconds_to_wait(self, now: float) -> float:
         """Return for how long nothing is to be done but to gather requests (micro-batch window)."""
-        return self._former.gathering_s(now)
+        return 0.0 if self._open else self._former.gathering_s(now)
 
     # -- commands ---------------------------------------------------------------------------------
 
@@ -144,8 +148,8 @@ class Scheduler:
     def abort(self, request_id: int, choice_indices: tuple[int, ...] = ()) -> None:
         """End some choices of a request, or all; nothing more is told of them.
 
-        Their blocks are free at once, or after the step under way. Unknown ids are ignored: the
-        request may have ended a moment ago.
+        Their blocks are free at once, or after the last step under way that names them. Unknown ids
+        are ignored: the request may have ended a moment ago.
         """
         self._requests.abort(request_id, choice_indices)
 
@@ -172,41 +176,46 @@ class Scheduler:
     # -- the step ---------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan | None:
-        """Form the next step; None while a plan is open or when there is nothing to do now.
+        """Form the next step; None when there is nothing to do now, or not before a result.
 
-        A plan without rows begins copies, or waits for some to end.
+        It may follow plans that are open, `max_plans_in_flight` in all. A plan without rows begins
+        copies, or waits for some to end.
         """
-        if self._open is not None:
+        opened = None if self._open.is_full else self._former.form(now)
+        if opened is None:
             return None
-        self._open = self._former.form(now)
-        if self._open is None:
-            return None
-        for sequence in self._open.started:
+        self._open.add(opened)
+        for sequence in opened.started:
             self._requests.note_started(sequence, now)
-        return self._open.plan
+        return opened.plan
 
     def update(self, result: StepResult, now: float) -> StepOutput:
-        """Apply the result of the open plan; return everything that happened since the last output.
+        """Apply the result of the oldest plan; return everything that happened since the last output.
 
         Raises EngineFailure, and applies no more than the ends of copies, when the result does not
         fit the plan.
         """
-        opened = self._open
-        assert opened is not None, "no plan is open"
-        self._cache.copies_done(result.finished_copies)  # first: they happened in any case
-        _check_result(opened, result)
-        self._batch.plan_done(opened.sequences)
+        self.copies_done(result.finished_copies)  # first: they happened in any case
+        opened = self._open.take_oldest(result)
+        self._batch.plan_done(opened.rows)
         failed = {row.slot: row.message for row in result.failed_rows}
-        for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True):
+        for row, sequence in opened.rows:
             if row.slot in failed and sequence.state is SequenceState.RUNNING:
                 # A NaN may come from its blocks: as hits they would fail whoever comes later.
                 self._cache.forget(sequence.table)
                 self._requests.fail(sequence.group, failed[row.slot])
         sampled = self._apply_rows(opened, result, now)
-        self._open = None  # last: whatever raises above, `fail_plan` still knows whom it concerns
+        # Last: whatever raises above, `fail_plan` still knows whom it concerns.
+        seconds = self._open.applied(result.times, now)
+        self._account(opened, sampled, result, seconds)
+        if opened.work.num_prefill_tokens:
+            self._measured_s = now
         self._progress_s = now
-        self._account(opened, sampled, result, now - opened.began_s)
-        return self._requests.events.take(self._former.step_id)
+        return self._requests.events.take(self._open.done_step_id)
+
+    def copies_done(self, finished: tuple[CopyDone, ...]) -> None:
+        """Take in copies that ended, told by a result that is worth nothing else."""
+        self._cache.copies_done(finished)
 
     def _account(
         self, opened: OpenPlan, sampled: Sampled, result: StepResult, seconds: float
@@ -215,8 +224,6 @@ class Scheduler:
         draft_s = result.times.draft_s
         self._costs.step_done(opened.work, seconds - draft_s)
         self._drafter.note_proposals(sum(map(len, result.proposals)), draft_s)
-        if opened.work.num_prefill_tokens:
-            self._measured_s = opened.began_s + seconds
         holders = self._batch.sequences + self._batch.loading
         self._queue.charge_step(sampled, holders, seconds)
 
@@ -228,7 +235,7 @@ class Scheduler:
         sampled: Sampled = []
         prompt_logprobs = dict(result.prompt_logprobs)  # slot -> entries
         num_sampled = 0
-        for row, sequence in zip(opened.plan.rows, opened.sequences, strict=True):
+        for row, sequence in opened.rows:
             position = num_sampled
             num_sampled += row.samples
             if sequence.state is not SequenceState.RUNNING:
@@ -238,8 +245,7 @@ class Scheduler:
                 num_tokens = self._take_tokens(row, sequence, result, position)
                 sampled.append((sequence, num_tokens))
             # Known tokens, and the accepted drafts: what is behind them is overwritten.
-            num_known = row.num_tokens - len(row.draft_token_ids)
-            sequence.num_computed = row.start + num_known + max(0, num_tokens - 1)
+            sequence.take_computed(row, num_tokens)
             self._cache.commit(sequence.table, sequence.token_ids, sequence.num_computed)
             if sequence.group.held or sequence.group.prompt_logprobs is not None:
                 self._requests.note_prefill(sequence, prompt_logprobs.get(row.slot, ()), now)
@@ -261,19 +267,24 @@ class Scheduler:
     def take_events(self) -> StepOutput | None:
         """Return what happened without a step, if anything did."""
         events = self._requests.events
-        return events.take(self._former.step_id) if events else None
+        return events.take(self._open.done_step_id) if events else None
 
     def fail_plan(self, message: str, now: float) -> StepOutput:
-        """End the requests of the open plan, whose result will never come."""
-        opened, self._open = self._open, None
-        if opened is not None:
-            self._batch.plan_done(opened.sequences)
+        """End the requests of all open plans: of the oldest, whose result will never come, and of
+        those behind it, whose rows hang on its tokens."""
+        applying, plans = self._open.take_all(now)
+        for opened in plans:
+            self._batch.plan_done(opened.rows)
+        failed = plans if applying is None else [applying, *plans]
+        for opened in failed:
             for sequence in opened.sequences:
                 if sequence.state is SequenceState.RUNNING:
                     self._requests.fail(sequence.group, message)
-            self._batch.slots.plan_failed()
+        self._batch.slots.plan_failed(
+            slot for opened in failed for slot in opened.plan.ended_slots
+        )
         self._progress_s = now
-        return self._requests.events.take(self._former.step_id)
+        return self._requests.events.take(self._open.done_step_id)
 
     def fail_all(self, message: str, now: float) -> StepOutput:
         """End every request: the engine stops."""
@@ -312,6 +323,8 @@ class Scheduler:
             num_prompt_tokens=self._requests.num_prompt_tokens,
             free_device_fraction=self._cache.pool.num_available / self._cache.pool.num_blocks,
             longest_step_s=self._costs.step_s(self._longest_step),
+            device_idle_s_per_step=self._open.device_idle_s,
+            num_following_steps=self._open.num_following_steps,
         )
 
     def _batch_wait_s(self) -> float:
@@ -336,9 +349,8 @@ class Scheduler:
         self._queue.check_integrity()
         self._batch.check_integrity()
         self._requests.check_integrity()
-        planned = self._open.sequences if self._open else ()
-        holders = self._batch.sequences + self._batch.closing
-        assert {id(s) for s in holders if s.is_planned} == {id(s) for s in planned}
+        batch = self._batch
+        self._open.check_integrity(batch.sequences + batch.loading + batch.closing)
 
 
 def _longest_step(
@@ -352,24 +364,3 @@ def _longest_step(
         batcher.max_running,
         min(num_cached, batcher.max_running * spec.max_context_tokens),
     )
-
-
-def _check_result(opened: OpenPlan, result: StepResult) -> None:
-    """Refuse a result that is not the open plan's; it is our bug, and nothing is applied yet."""
-    plan = opened.plan
-    sampling = [row for row in plan.rows if row.samples]
-    if result.step_id != plan.step_id or len(result.token_ids) != len(sampling):
-        raise EngineFailure(
-            f"result of step {result.step_id} with {len(result.token_ids)} entries; "
-            f"the open plan is {plan.step_id} with {len(sampling)} sampling rows"
-        )
-    failed = {row.slot for row in result.failed_rows}
-    for row, token_ids in zip(sampling, result.token_ids, strict=True):
-        if row.slot in failed:
-            continue
-        drafts = row.draft_token_ids
-        if (
-            not 1 <= len(token_ids) <= 1 + len(drafts)
-            or drafts[: len(token_ids) - 1] != token_ids[:-1]
-        ):
-            raise EngineFailure(f"slot {row.slot} sampled {token_ids} behind drafts {drafts}")

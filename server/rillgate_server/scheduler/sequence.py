@@ -12,12 +12,18 @@ Owns the states and the arithmetic of positions. Does not decide anything: the s
     token_ids    prompt ........ | given ........ | sampled here ......
     positions    0 ............. num_computed ............. len(token_ids)
                  | in the cache  | to compute (num_remaining) |
+
+While plans that name it are open, more is on its way: positions that they compute, and tokens that
+they sample and nobody knows yet. The next row begins at num_planned.
+
+    positions    0 ............. num_computed .... num_planned .... len(token_ids) + num_pending
+                 | in the cache  | in open plans   | to plan (num_unplanned) |
 """
 
 from enum import Enum, auto
 
 from rillgate_server.core.request import ChoiceStart, Request
-from rillgate_server.core.step import ChoiceFinished, TokenLogprobs
+from rillgate_server.core.step import ChoiceFinished, RowPlan, TokenLogprobs
 from rillgate_server.kvcache.block_table import BlockTable
 from rillgate_server.scheduler.drafting import ChoiceDrafts
 
@@ -43,9 +49,11 @@ class Sequence:
         "drafts",
         "group",
         "is_charged",
-        "is_planned",
         "num_computed",
         "num_host_tokens",
+        "num_pending",
+        "num_planned",
+        "num_plans",
         "num_preemptions",
         "num_prompt_tokens",
         "order",
@@ -70,8 +78,12 @@ class Sequence:
         self.slot = -1
         """The worker's seat; -1 without one."""
         self.state = SequenceState.HELD
-        self.is_planned = False
-        """Whether the open plan names its blocks."""
+        self.num_plans = 0
+        """Open plans that name its blocks."""
+        self.num_planned = 0
+        """Positions that are in the cache once the open plans are done."""
+        self.num_pending = 0
+        """Tokens that the open plans sample, drafts apart."""
         self.is_charged = False
         """Whether its tenant has paid for its input."""
         self.num_preemptions = 0
@@ -90,6 +102,20 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_unplanned(self) -> int:
+        """Tokens, known or pending, that no open plan computes either."""
+        return len(self.token_ids) + self.num_pending - self.num_planned
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether its next row is one position that samples a token it may have.
+
+        With as many pending tokens as it lacks it ends by length, whatever they are.
+        """
+        max_tokens = self.group.request.max_tokens
+        return self.num_unplanned == 1 and self.num_generated + self.num_pending < max_tokens
+
+    @property
     def num_generated(self) -> int:
         """Tokens of the choice from the original start."""
         return len(self.token_ids) - self.num_prompt_tokens
@@ -104,6 +130,30 @@ class Sequence:
         """Whether its rows must give the prompt's log-probabilities."""
         group = self.group
         return group.prompt_logprobs is not None and group.leader is self
+
+    # -- positions --------------------------------------------------------------------------------
+
+    def begin_at(self, num_computed: int) -> None:
+        """Note how much of it is in the cache, while no plan names it."""
+        assert not self.num_plans, self
+        self.num_computed = self.num_planned = num_computed
+
+    def plan_row(self, row: RowPlan) -> None:
+        """Note that a plan is open with a row of it. Drafts are in the cache when they are right."""
+        self.num_plans += 1
+        self.num_planned = row.start + row.num_tokens - len(row.draft_token_ids)
+        self.num_pending += row.samples
+
+    def row_done(self, row: RowPlan) -> None:
+        """Note that the oldest of its open plans is over, whatever came of it."""
+        self.num_plans -= 1
+        self.num_pending -= row.samples
+
+    def take_computed(self, row: RowPlan, num_sampled: int) -> None:
+        """Note that a row's tokens are in the cache, and those drafts that were sampled."""
+        num_known = row.num_tokens - len(row.draft_token_ids)
+        self.num_computed = row.start + num_known + max(0, num_sampled - 1)
+        self.num_planned = max(self.num_planned, self.num_computed)
 
 
 class RequestGroup:

@@ -1,5 +1,6 @@
 """The worker's seats: which are taken, and which the worker has yet to be told are free."""
 
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 
 
@@ -9,8 +10,7 @@ class Slots:
         take ──▶ taken ──▶ give_back ──▶ free, and in the next plan's `ended_slots`
 
     A plan's ended slots are freed before its starts, so a slot may end and start in one plan.
-    State: the heap of free numbers, the ended ones that no plan has named, those that the latest
-    plan named.
+    State: the heap of free numbers, the ended ones that no plan has named.
     """
 
     def __init__(self, max_running: int) -> None:
@@ -20,7 +20,6 @@ class Slots:
         heapify(self._free)
         # In order, each once: after a lost plan a slot may end again before it was said again.
         self._ended: dict[int, None] = {}
-        self._announced: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         return f"Slots(taken={self.num_taken}, total={self.max_running}, ended={list(self._ended)})"
@@ -41,16 +40,15 @@ class Slots:
 
     def announce(self) -> tuple[int, ...]:
         """Return what ended since the last plan, for the plan that is being made."""
-        self._announced, self._ended = tuple(self._ended), {}
-        return self._announced
+        announced, self._ended = tuple(self._ended), {}
+        return announced
 
-    def plan_failed(self) -> None:
-        """Say again in the next plan what the latest said: the worker may not have read it.
+    def plan_failed(self, announced: Iterable[int]) -> None:
+        """Say again in the next plan what a failed one said: the worker may not have read it.
 
         So a worker must take it well when a slot ends that it does not hold.
         """
-        self._ended = dict.fromkeys((*self._announced, *self._ended))
-        self._announced = ()
+        self._ended = dict.fromkeys((*announced, *self._ended))
 
     def check_integrity(self, taken: list[int]) -> None:
         """Prove that every slot is free or in `taken`, once."""
