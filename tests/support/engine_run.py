@@ -12,7 +12,7 @@ from rillgate_server.core.request import ChoiceStart, Request
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import StepOutput, StepPlan, StepResult, TokenLogprobs
 from rillgate_server.engine.engine import Engine
-from rillgate_server.engine.executor import Executor
+from rillgate_server.engine.executor import Executor, PipelinedExecutor
 from rillgate_server.scheduler.scheduler import Scheduler
 from tests.support.equality import NUM_TOKENS, first_difference, mixed_prompts
 from tests.support.reference import Reference
@@ -41,6 +41,32 @@ class Recorder:
         return self._executor.execute(plan)
 
 
+class PipelinedRecorder(Recorder):
+    """The same of an executor that takes a plan while it computes one."""
+
+    def __init__(self, executor: PipelinedExecutor) -> None:
+        super().__init__(executor)
+        self._pipelined = executor
+        self.num_begun = self.most_begun = 0
+
+    @property
+    def max_plans_in_flight(self) -> int:
+        """As the other's."""
+        return self._pipelined.max_plans_in_flight
+
+    def begin(self, plan: StepPlan) -> None:
+        """Pass a plan on."""
+        self.plans.append(plan)
+        self._pipelined.begin(plan)
+        self.num_begun += 1
+        self.most_begun = max(self.most_begun, self.num_begun)
+
+    def finish(self) -> StepResult:
+        """Pass a result back."""
+        self.num_begun -= 1
+        return self._pipelined.finish()
+
+
 @dataclass
 class Got:
     """What came for one choice."""
@@ -53,7 +79,8 @@ class Run:
     """An engine with its requests' answers."""
 
     def __init__(self, executor: Executor, scheduler: Scheduler) -> None:
-        self.recorder = Recorder(executor)
+        is_pipelined = isinstance(executor, PipelinedExecutor)
+        self.recorder = PipelinedRecorder(executor) if is_pipelined else Recorder(executor)
         self.scheduler = scheduler
         self.clock = VirtualClock()
         self.engine = Engine(scheduler, self.recorder, self.clock)

@@ -134,7 +134,6 @@ def test_a_nan_in_a_neighbours_block_stays_there() -> None:
             torch.testing.assert_close(actual[ours].double(), expected[ours], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered")  # numpy's
 def test_vectors_are_kept_in_int8_as_they_are_defined() -> None:
     """Bit for bit, what is not finite and zeros included."""
     scene = TritonScene(Shape(4, 2, 24, 24, 4, None, ((0, 12),)), torch.float32, 0, "int8")

@@ -97,7 +97,7 @@ class Engine:
 
 def _pipelined(executor: Executor, max_plans: int) -> PipelinedExecutor:
     """Return the executor with `begin` and `finish`, its own where more than one plan pays."""
-    if max_plans > 1 and isinstance(executor, PipelinedExecutor):
+    if isinstance(executor, PipelinedExecutor) and min(max_plans, executor.max_plans_in_flight) > 1:
         return executor
     return InOrderExecutor(executor)
 
