@@ -25,7 +25,6 @@ from rillgate_server.engine.testing import (
     FakeCopies,
     FakeExecutor,
     FakeModel,
-    PipelinedFakeExecutor,
 )
 from rillgate_server.scheduler.scheduler import Scheduler
 from tests.support.answers import EOS, MODEL, Answers
