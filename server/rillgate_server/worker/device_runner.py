@@ -169,10 +169,11 @@ class DeviceRunner:
             self._sampler.start(start)
         if self._draft_model is not None:
             self._draft_model.begin(plan, filled_anew)
-        began = Mark(self._device)
-        if not plan.rows:
+        arrays = self._batch.arrays(plan.rows) if plan.rows else None
+        began = Mark(self._device)  # what the host does before it counts as the device's idle time
+        if arrays is None:
             return _Begun(plan, began, began, began)
-        hidden = hidden_in_parts(self._network, self._hidden, self._batch.arrays(plan.rows))
+        hidden = hidden_in_parts(self._network, self._hidden, arrays)
         begun = _Begun(plan, began, Mark(self._device), began)
         self._draw(begun, hidden)
         begun.scores = self._prompt_scores(plan.rows, hidden)
