@@ -75,6 +75,8 @@ def _to_replica(message: control_pb2.ReplicaStatus) -> ReplicaStatus:
         num_announced_blocks=message.num_announced_blocks,
         num_drafted_tokens=message.num_drafted_tokens,
         num_accepted_tokens=message.num_accepted_tokens,
+        device_idle_ms_per_step=message.device_idle_ms_per_step,
+        num_following_steps=message.num_following_steps,
     )
 
 

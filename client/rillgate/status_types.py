@@ -173,6 +173,11 @@ class ReplicaStatus:
     """Drafts (tokens tried before they were drawn), since the start."""
     num_accepted_tokens: int = 0
     """Those of them that were accepted."""
+    device_idle_ms_per_step: float = 0.0
+    """For which the device had nothing to do before a step although work was there, averaged over
+    about the last hundred steps that followed another; 0 where nobody measures it."""
+    num_following_steps: int = 0
+    """Steps since the start that followed another: something ran on when they were formed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,4 +51,6 @@ engine_loads = st.builds(
     free_cpu_fraction=_numbers,
     free_device_fraction=_numbers,
     longest_step_s=_seconds,
+    device_idle_s_per_step=_seconds,
+    num_following_steps=_counts,
 )

@@ -34,10 +34,12 @@ def test_every_number_of_a_load_reaches_the_client(load: EngineLoad) -> None:
         "step_age_s",
         "is_draining",
         "decode_step_s",
+        "device_idle_s_per_step",
         *for_gateways,
     }
     assert seen["step_age_ms"] == load.step_age_s * 1000
     assert seen["decode_step_ms"] == load.decode_step_s * 1000
+    assert seen["device_idle_ms_per_step"] == load.device_idle_s_per_step * 1000
     state = ReplicaState.DRAINING if load.is_draining else ReplicaState.READY
     assert seen["state"] is state
 

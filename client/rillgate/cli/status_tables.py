@@ -17,6 +17,7 @@ def print_replica(replica: ReplicaStatus) -> None:
         _batch(replica),
         _preemptions(replica),
         *_speculation(replica),
+        *_device_idle(replica),
     ):
         print(printable(line))
     print_table(_TIER_HEADERS, _tier_rows(replica))
@@ -74,6 +75,16 @@ def _speculation(replica: ReplicaStatus) -> Sequence[str]:
     if not drafted:
         return ()
     return (f"drafts: {drafted}, {accepted} accepted ({100 * accepted / drafted:.0f} %)",)
+
+
+def _device_idle(replica: ReplicaStatus) -> Sequence[str]:
+    """Say how long the device waits for the host, where that is measured."""
+    if not replica.device_idle_ms_per_step:
+        return ()
+    return (
+        f"device idle before a step: {replica.device_idle_ms_per_step:.2f} ms "
+        f"({replica.num_following_steps} steps followed another)",
+    )
 
 
 _TIER_HEADERS = (

@@ -31,6 +31,8 @@ MAX_FAILED_STEPS = 3
 LOAD_INTERVAL_S = 0.05
 """Between two snapshots of the load with work to do: it leaves every 0.2 s, and costs a tenth of
 a millisecond with many tenants."""
+IDLE_LOG_INTERVAL_S = 10.0
+"""Between two lines of the log on how long the device waits for the host."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +73,8 @@ class EngineLoop:
     """Runs an engine on a thread of its own.
 
     State, by thread:
-        engine      the engine and its scheduler, `_num_failed_steps`, `_load_due_s`, `_watch_ids`
+        engine      the engine and its scheduler, `_num_failed_steps`, `_load_due_s`, `_watch_ids`,
+                    `_idle_log_due_s`
         any, locked `_load` (the latest snapshot), `_progress_s` (of the latest step, or when work
                     came; None without work), `_is_closed` (no command will be read any more),
                     `_is_given_up` (no event will be said any more)
@@ -106,6 +109,7 @@ class EngineLoop:
         self._progress_s: float | None = None
         self._load = engine.scheduler.load(clock.now())
         self._load_due_s = 0.0
+        self._idle_log_due_s = 0.0
         self._thread = Thread(target=self._run, name="rillgate-engine", daemon=True)
 
     def __repr__(self) -> str:
@@ -308,6 +312,7 @@ class EngineLoop:
             # The first step of new work is told at once.
             has_work = self._engine.scheduler.has_work
             self._load_due_s = now + LOAD_INTERVAL_S if has_work else 0.0
+            self._log_idle(load, now)
         with self._lock:
             self._load = load or self._load
             if self._engine.scheduler.has_work or not self._commands.empty():
@@ -315,6 +320,16 @@ class EngineLoop:
             else:
                 self._progress_s = None
                 self._idle.set()
+
+    def _log_idle(self, load: EngineLoad, now: float) -> None:
+        """Say now and then how long the device stands idle between steps, where it is measured."""
+        if load.device_idle_s_per_step and now >= self._idle_log_due_s:
+            self._idle_log_due_s = now + IDLE_LOG_INTERVAL_S
+            _LOG.info(
+                "the device idles %.3f ms before a step, on average of late; decode step %.3f ms",
+                load.device_idle_s_per_step * 1e3,
+                load.decode_step_s * 1e3,
+            )
 
     def _close(self, message: str = "") -> None:
         """Refuse whoever was not read yet or comes later; with a message, fail what is here."""

@@ -90,6 +90,8 @@ def load_event(load: EngineLoad) -> engine_pb2.ReplicaEvent:
             free_cpu_fraction=load.free_cpu_fraction,
             free_device_fraction=load.free_device_fraction,
             longest_step_ms=load.longest_step_s * 1e3,
+            device_idle_ms_per_step=load.device_idle_s_per_step * 1e3,
+            num_following_steps=load.num_following_steps,
         )
     )
 
@@ -121,6 +123,8 @@ def load_from_wire(message: engine_pb2.Load) -> EngineLoad:
         free_cpu_fraction=message.free_cpu_fraction,
         free_device_fraction=message.free_device_fraction,
         longest_step_s=message.longest_step_ms / 1e3,
+        device_idle_s_per_step=message.device_idle_ms_per_step / 1e3,
+        num_following_steps=message.num_following_steps,
     )
 
 

@@ -59,6 +59,8 @@ def _load(load: EngineLoad) -> pb.ReplicaStatus:
         num_prompt_tokens=load.num_prompt_tokens,
         num_drafted_tokens=load.num_drafted_tokens,
         num_accepted_tokens=load.num_accepted_tokens,
+        device_idle_ms_per_step=load.device_idle_s_per_step * 1000,
+        num_following_steps=load.num_following_steps,
         device=_tier(load.device),
         host=_tier(load.host),
         copies=_copies(load.copies),

@@ -116,6 +116,16 @@ def test_drafts_are_shown_once_there_are_any(capsys: pytest.CaptureFixture[str])
     assert not [line for line in printed(PLAIN, capsys) if line.startswith("drafts")]
 
 
+def test_the_devices_idle_time_is_shown_where_it_is_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is what a step could have been shorter by; a CPU says nothing of it."""
+    idle = replace(PLAIN, device_idle_ms_per_step=0.3561, num_following_steps=4711)
+    expected = "device idle before a step: 0.36 ms (4711 steps followed another)"
+    assert expected in printed(idle, capsys)
+    assert not [line for line in printed(PLAIN, capsys) if "idle" in line]
+
+
 def test_every_line_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """With large numbers, too."""
     large = TierStatus(10**7, 10**7, 10**7, 10**7, 10**7, 10**9, 10**6)
