@@ -8,6 +8,7 @@ from rillgate.status_types import (
     CopyStatus,
     CostStatus,
     DecisionStatus,
+    DeviceMemoryStatus,
     FlushedCache,
     QueueStatus,
     ReplicaState,
@@ -77,6 +78,18 @@ def _to_replica(message: control_pb2.ReplicaStatus) -> ReplicaStatus:
         num_accepted_tokens=message.num_accepted_tokens,
         device_idle_ms_per_step=message.device_idle_ms_per_step,
         num_following_steps=message.num_following_steps,
+        device_memory=(
+            _to_memory(message.device_memory) if message.HasField("device_memory") else None
+        ),
+    )
+
+
+def _to_memory(message: control_pb2.DeviceMemoryStatus) -> DeviceMemoryStatus:
+    return DeviceMemoryStatus(
+        total_bytes=message.total_bytes,
+        allocated_bytes=message.allocated_bytes,
+        reserved_bytes=message.reserved_bytes,
+        peak_bytes=message.peak_bytes,
     )
 
 

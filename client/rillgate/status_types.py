@@ -122,6 +122,19 @@ class FlushedCache:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceMemoryStatus:
+    """A GPU's memory as its allocator sees it, in bytes."""
+
+    total_bytes: int
+    allocated_bytes: int
+    """Held by weights, cache and the step under way."""
+    reserved_bytes: int
+    """Taken from the device: what is allocated, and fragments."""
+    peak_bytes: int
+    """Most that was ever allocated."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaStatus:
     """One replica, as it last reported."""
 
@@ -178,6 +191,8 @@ class ReplicaStatus:
     about the last hundred steps that followed another; 0 where nobody measures it."""
     num_following_steps: int = 0
     """Steps since the start that followed another: something ran on when they were formed."""
+    device_memory: DeviceMemoryStatus | None = None
+    """The GPU's, of a split model rank 0's; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from rillgate_server.core.load import (
     CopyCounts,
+    DeviceMemory,
     EngineLoad,
     FittedCosts,
     LoadDecisions,
@@ -53,4 +54,8 @@ engine_loads = st.builds(
     longest_step_s=_seconds,
     device_idle_s_per_step=_seconds,
     num_following_steps=_counts,
+    device_memory=st.one_of(
+        st.just(DeviceMemory()),
+        st.builds(DeviceMemory, st.integers(1, 1 << 40), _counts, _counts, _counts),
+    ),
 )

@@ -35,11 +35,14 @@ def test_every_number_of_a_load_reaches_the_client(load: EngineLoad) -> None:
         "is_draining",
         "decode_step_s",
         "device_idle_s_per_step",
+        "device_memory",
         *for_gateways,
     }
     assert seen["step_age_ms"] == load.step_age_s * 1000
     assert seen["decode_step_ms"] == load.decode_step_s * 1000
     assert seen["device_idle_ms_per_step"] == load.device_idle_s_per_step * 1000
+    memory = load.device_memory
+    assert seen["device_memory"] == (asdict(memory) if memory.total_bytes else None)
     state = ReplicaState.DRAINING if load.is_draining else ReplicaState.READY
     assert seen["state"] is state
 

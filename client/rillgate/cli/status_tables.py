@@ -18,6 +18,7 @@ def print_replica(replica: ReplicaStatus) -> None:
         _preemptions(replica),
         *_speculation(replica),
         *_device_idle(replica),
+        *_device_memory(replica),
     ):
         print(printable(line))
     print_table(_TIER_HEADERS, _tier_rows(replica))
@@ -84,6 +85,21 @@ def _device_idle(replica: ReplicaStatus) -> Sequence[str]:
     return (
         f"device idle before a step: {replica.device_idle_ms_per_step:.2f} ms "
         f"({replica.num_following_steps} steps followed another)",
+    )
+
+
+def _device_memory(replica: ReplicaStatus) -> Sequence[str]:
+    """Say how a GPU's memory is used."""
+    memory = replica.device_memory
+    if memory is None:
+        return ()
+    used, peak, total = (
+        f"{num_bytes / 2**30:.2f}"
+        for num_bytes in (memory.allocated_bytes, memory.peak_bytes, memory.total_bytes)
+    )
+    fragments = (memory.reserved_bytes - memory.allocated_bytes) / 2**30
+    return (
+        f"device memory: {used} of {total} GiB, {peak} at most, {fragments:.2f} reserved but unused",
     )
 
 

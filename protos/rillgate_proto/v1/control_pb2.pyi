@@ -73,7 +73,7 @@ class FlushCacheResponse(_message.Message):
     def __init__(self, num_replicas: _Optional[int] = ..., num_device_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "incarnation", "model", "model_version", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "step_id", "step_age_ms", "prefill_tokens_per_s", "decode_step_ms", "device", "block_size_tokens", "num_preemptions", "num_cached_tokens", "num_prompt_tokens", "num_loading", "host", "copies", "decisions", "costs", "queues", "address", "set_aside", "tensor_parallel_size", "num_streams", "num_announced_blocks", "num_drafted_tokens", "num_accepted_tokens", "device_idle_ms_per_step", "num_following_steps")
+    __slots__ = ("replica_id", "incarnation", "model", "model_version", "state", "num_running", "num_waiting", "num_running_tokens", "num_waiting_tokens", "step_id", "step_age_ms", "prefill_tokens_per_s", "decode_step_ms", "device", "block_size_tokens", "num_preemptions", "num_cached_tokens", "num_prompt_tokens", "num_loading", "host", "copies", "decisions", "costs", "queues", "address", "set_aside", "tensor_parallel_size", "num_streams", "num_announced_blocks", "num_drafted_tokens", "num_accepted_tokens", "device_idle_ms_per_step", "num_following_steps", "device_memory")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class ReplicaStatus(_message.Message):
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_IDLE_MS_PER_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_FOLLOWING_STEPS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     incarnation: int
     model: str
@@ -140,7 +141,20 @@ class ReplicaStatus(_message.Message):
     num_accepted_tokens: int
     device_idle_ms_per_step: float
     num_following_steps: int
-    def __init__(self, replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., device: _Optional[_Union[TierStatus, _Mapping]] = ..., block_size_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierStatus, _Mapping]] = ..., copies: _Optional[_Union[CopyStatus, _Mapping]] = ..., decisions: _Optional[_Union[DecisionStatus, _Mapping]] = ..., costs: _Optional[_Union[CostStatus, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ..., address: _Optional[str] = ..., set_aside: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., num_streams: _Optional[int] = ..., num_announced_blocks: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., device_idle_ms_per_step: _Optional[float] = ..., num_following_steps: _Optional[int] = ...) -> None: ...
+    device_memory: DeviceMemoryStatus
+    def __init__(self, replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running_tokens: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., step_id: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_ms: _Optional[float] = ..., device: _Optional[_Union[TierStatus, _Mapping]] = ..., block_size_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_loading: _Optional[int] = ..., host: _Optional[_Union[TierStatus, _Mapping]] = ..., copies: _Optional[_Union[CopyStatus, _Mapping]] = ..., decisions: _Optional[_Union[DecisionStatus, _Mapping]] = ..., costs: _Optional[_Union[CostStatus, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ..., address: _Optional[str] = ..., set_aside: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., num_streams: _Optional[int] = ..., num_announced_blocks: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., device_idle_ms_per_step: _Optional[float] = ..., num_following_steps: _Optional[int] = ..., device_memory: _Optional[_Union[DeviceMemoryStatus, _Mapping]] = ...) -> None: ...
+
+class DeviceMemoryStatus(_message.Message):
+    __slots__ = ("total_bytes", "allocated_bytes", "reserved_bytes", "peak_bytes")
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    total_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_bytes: int
+    def __init__(self, total_bytes: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
 
 class TierStatus(_message.Message):
     __slots__ = ("num_blocks", "num_blocks_free", "num_blocks_used", "num_blocks_cached", "num_blocks_copying", "num_hit_tokens", "num_evicted_blocks", "num_blocks_pageable")

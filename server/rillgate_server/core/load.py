@@ -112,6 +112,22 @@ class QueueLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A GPU's memory, as its allocator sees it, in bytes; all 0 where there is no GPU.
+
+    | weights, cache, tensors of the step | unused | free, or other processes' |
+    0                             allocated      reserved                   total
+    """
+
+    total_bytes: int = 0
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
+    """Taken from the device; what lies between is fragments, or was used by a step."""
+    peak_bytes: int = 0
+    """Most that was ever allocated."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     """The engine's load after its latest step."""
 
@@ -160,6 +176,7 @@ class EngineLoad:
     about the last hundred steps that followed another; 0 where nobody measures it."""
     num_following_steps: int = 0
     """Steps since the start that followed another: something ran on when they were formed."""
+    device_memory: DeviceMemory = DeviceMemory()
 
     @property
     def frozen_after_s(self) -> float:

@@ -32,9 +32,7 @@ class Engine:
         """
         self.scheduler = scheduler
         self._executor = _pipelined(executor, scheduler.max_plans_in_flight)
-        self._max_begun = min(
-            scheduler.max_plans_in_flight, self._executor.max_plans_in_flight
-        )
+        self._max_begun = min(scheduler.max_plans_in_flight, self._executor.max_plans_in_flight)
         self._num_begun = 0
         self._clock = clock
 

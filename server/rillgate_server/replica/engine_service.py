@@ -10,7 +10,7 @@ Does not know how a step is made, nor what a request means in text.
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -20,7 +20,7 @@ import grpc
 from rillgate_proto.v1 import engine_pb2, engine_pb2_grpc
 from rillgate_server.core.block_events import BlockDelta, BlockSnapshot
 from rillgate_server.core.clock import Clock
-from rillgate_server.core.load import EngineLoad, FlushedBlocks
+from rillgate_server.core.load import DeviceMemory, EngineLoad, FlushedBlocks
 from rillgate_server.core.pending_output import entries_of
 from rillgate_server.core.request import Rejection, RejectReason, Request, RequestRejected
 from rillgate_server.core.step import StepOutput
@@ -126,6 +126,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._watch_ids = itertools.count(1)
         self._watches: dict[int, WatchStream] = {}  # watch id -> open Watch
         self._cpu = CpuMeter(clock)
+        self._find_device_memory: Callable[[], DeviceMemory] = DeviceMemory
         self._is_draining = False
         self._is_ending = False  # draining for good
         self._all_done = asyncio.Event()
@@ -137,10 +138,16 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             f"draining={self._is_draining})"
         )
 
-    def attach(self, engine: EngineHandle) -> None:
-        """Give the engine whose events go to `on_event`; once, before serving."""
+    def attach(
+        self,
+        engine: EngineHandle,
+        find_device_memory: Callable[[], DeviceMemory] = DeviceMemory,
+    ) -> None:
+        """Give the engine whose events go to `on_event`, and who knows of its device's memory;
+        once, before serving."""
         assert self._engine is None
         self._engine = engine
+        self._find_device_memory = find_device_memory
 
     @property
     def num_open_requests(self) -> int:
@@ -348,6 +355,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             self._running_engine.load(),
             is_draining=self._is_draining,  # the engine hears of it after the step under way
             free_cpu_fraction=self._cpu.free_fraction(),
+            device_memory=self._find_device_memory(),
         )
 
     async def Drain(

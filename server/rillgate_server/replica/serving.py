@@ -68,7 +68,7 @@ async def _serve(
     engine_loop = EngineLoop(
         Engine(scheduler, executor, clock), clock, service.on_event, ended.on_fatal
     )
-    service.attach(engine_loop)
+    service.attach(engine_loop, used_memory)
     doors = Doors(service, settings.replica, settings.link)
     watchdog = Watchdog(engine_loop.load, clock)
     engine_loop.start()

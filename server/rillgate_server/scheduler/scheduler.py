@@ -280,9 +280,7 @@ class Scheduler:
             for sequence in opened.sequences:
                 if sequence.state is SequenceState.RUNNING:
                     self._requests.fail(sequence.group, message)
-        self._batch.slots.plan_failed(
-            slot for opened in failed for slot in opened.plan.ended_slots
-        )
+        self._batch.slots.plan_failed(slot for opened in failed for slot in opened.plan.ended_slots)
         self._progress_s = now
         return self._requests.events.take(self._open.done_step_id)
 

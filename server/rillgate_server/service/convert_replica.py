@@ -7,6 +7,7 @@ and their events are convert_engine's, blocks convert_blocks'.
 from rillgate_proto.v1 import engine_pb2
 from rillgate_server.core.load import (
     CopyCounts,
+    DeviceMemory,
     EngineLoad,
     FittedCosts,
     FlushedBlocks,
@@ -92,6 +93,7 @@ def load_event(load: EngineLoad) -> engine_pb2.ReplicaEvent:
             longest_step_ms=load.longest_step_s * 1e3,
             device_idle_ms_per_step=load.device_idle_s_per_step * 1e3,
             num_following_steps=load.num_following_steps,
+            device_memory=_memory_to_wire(load.device_memory),
         )
     )
 
@@ -125,6 +127,24 @@ def load_from_wire(message: engine_pb2.Load) -> EngineLoad:
         longest_step_s=message.longest_step_ms / 1e3,
         device_idle_s_per_step=message.device_idle_ms_per_step / 1e3,
         num_following_steps=message.num_following_steps,
+        device_memory=_memory_from_wire(message.device_memory),
+    )
+
+
+def _memory_to_wire(memory: DeviceMemory) -> engine_pb2.DeviceMemory | None:
+    if not memory.total_bytes:
+        return None
+    return engine_pb2.DeviceMemory(
+        total_bytes=memory.total_bytes,
+        allocated_bytes=memory.allocated_bytes,
+        reserved_bytes=memory.reserved_bytes,
+        peak_bytes=memory.peak_bytes,
+    )
+
+
+def _memory_from_wire(message: engine_pb2.DeviceMemory) -> DeviceMemory:
+    return DeviceMemory(
+        message.total_bytes, message.allocated_bytes, message.reserved_bytes, message.peak_bytes
     )
 
 

@@ -7,6 +7,7 @@ from rillgate_proto.v1 import control_pb2 as pb
 from rillgate_proto.v1 import inference_pb2
 from rillgate_server.core.load import (
     CopyCounts,
+    DeviceMemory,
     EngineLoad,
     FittedCosts,
     LoadDecisions,
@@ -41,6 +42,17 @@ def replica_status(welcome: Welcome, load: EngineLoad | None) -> pb.ReplicaStatu
     return status
 
 
+def _memory(memory: DeviceMemory) -> pb.DeviceMemoryStatus | None:
+    if not memory.total_bytes:
+        return None
+    return pb.DeviceMemoryStatus(
+        total_bytes=memory.total_bytes,
+        allocated_bytes=memory.allocated_bytes,
+        reserved_bytes=memory.reserved_bytes,
+        peak_bytes=memory.peak_bytes,
+    )
+
+
 def _load(load: EngineLoad) -> pb.ReplicaStatus:
     """Return the fields that a load fills."""
     return pb.ReplicaStatus(
@@ -61,6 +73,7 @@ def _load(load: EngineLoad) -> pb.ReplicaStatus:
         num_accepted_tokens=load.num_accepted_tokens,
         device_idle_ms_per_step=load.device_idle_s_per_step * 1000,
         num_following_steps=load.num_following_steps,
+        device_memory=_memory(load.device_memory),
         device=_tier(load.device),
         host=_tier(load.host),
         copies=_copies(load.copies),

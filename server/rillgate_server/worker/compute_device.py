@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from rillgate_server.core.load import DeviceMemory
 from rillgate_server.core.model_spec import FreeMemory
 from rillgate_server.worker.host_memory import available_bytes, spare_bytes
 
@@ -56,6 +57,19 @@ def free_memory(device: torch.device, max_memory_bytes: int, num_sharing: int) -
     if device.type != "cuda":
         return FreeMemory(host_bytes, host_bytes, is_shared=True)
     return FreeMemory(free_bytes(device), host_bytes, is_shared=False)
+
+
+def used_memory() -> DeviceMemory:
+    """Return what this process's GPU has in use; any thread may ask."""
+    if not torch.cuda.is_initialized():
+        return DeviceMemory()
+    _, total_bytes = torch.cuda.mem_get_info()
+    return DeviceMemory(
+        int(total_bytes),
+        torch.cuda.memory_allocated(),
+        torch.cuda.memory_reserved(),
+        torch.cuda.max_memory_allocated(),
+    )
 
 
 def wait_for(device: torch.device) -> None:

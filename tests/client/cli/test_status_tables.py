@@ -126,6 +126,15 @@ def test_the_devices_idle_time_is_shown_where_it_is_measured(
     assert not [line for line in printed(PLAIN, capsys) if "idle" in line]
 
 
+def test_a_gpus_memory_is_shown_with_its_fragments(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is reserved and not allocated."""
+    gib = 2**30
+    memory = DeviceMemoryStatus(140 * gib, 100 * gib, 101 * gib + gib // 2, 104 * gib)
+    expected = "device memory: 100.00 of 140.00 GiB, 104.00 at most, 1.50 reserved but unused"
+    assert expected in printed(replace(PLAIN, device_memory=memory), capsys)
+    assert not [line for line in printed(PLAIN, capsys) if "memory" in line]
+
+
 def test_every_line_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """With large numbers, too."""
     large = TierStatus(10**7, 10**7, 10**7, 10**7, 10**7, 10**9, 10**6)
