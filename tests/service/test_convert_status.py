@@ -25,6 +25,8 @@ def as_seen(load: EngineLoad | None) -> ReplicaStatus:
 def test_every_number_of_a_load_reaches_the_client(load: EngineLoad) -> None:
     """Under the same names, each tier's, copy's, decision's and cost's own; the queues in order."""
     seen, given_load = asdict(as_seen(load)), asdict(load)
+    if not load.device_memory.total_bytes:
+        given_load["device_memory"] = None
     for queue in (*seen["queues"], *given_load["queues"]):
         queue["priority"] = queue["priority"].name
     same = seen.keys() & given_load.keys()
@@ -35,14 +37,11 @@ def test_every_number_of_a_load_reaches_the_client(load: EngineLoad) -> None:
         "is_draining",
         "decode_step_s",
         "device_idle_s_per_step",
-        "device_memory",
         *for_gateways,
     }
     assert seen["step_age_ms"] == load.step_age_s * 1000
     assert seen["decode_step_ms"] == load.decode_step_s * 1000
     assert seen["device_idle_ms_per_step"] == load.device_idle_s_per_step * 1000
-    memory = load.device_memory
-    assert seen["device_memory"] == (asdict(memory) if memory.total_bytes else None)
     state = ReplicaState.DRAINING if load.is_draining else ReplicaState.READY
     assert seen["state"] is state
 

@@ -98,9 +98,8 @@ def _device_memory(replica: ReplicaStatus) -> Sequence[str]:
         for num_bytes in (memory.allocated_bytes, memory.peak_bytes, memory.total_bytes)
     )
     fragments = (memory.reserved_bytes - memory.allocated_bytes) / 2**30
-    return (
-        f"device memory: {used} of {total} GiB, {peak} at most, {fragments:.2f} reserved but unused",
-    )
+    unused = f"{fragments:.2f} reserved but unused"
+    return (f"device memory: {used} of {total} GiB, {peak} at most, {unused}",)
 
 
 _TIER_HEADERS = (

@@ -25,6 +25,7 @@ from rillgate_server.replica.doors import Doors, check_doors
 from rillgate_server.replica.engine_service import EngineService
 from rillgate_server.replica.watchdog import Watchdog
 from rillgate_server.scheduler.scheduler import Scheduler
+from rillgate_server.worker.compute_device import used_memory
 
 _log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from rillgate.status_types import (
     CopyStatus,
     CostStatus,
     DecisionStatus,
+    DeviceMemoryStatus,
     QueueStatus,
     ReplicaState,
     ReplicaStatus,
