@@ -28,6 +28,13 @@ def find_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank % num_devices) if num_devices else CPU
 
 
+def use_device(device: torch.device) -> None:
+    """Let the calling thread launch on a device: Triton's kernels go to the thread's own, which is
+    the first one until somebody says so."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def identity(device: torch.device) -> str:
     """Name a CUDA device as no other one is named; empty for the CPU, which many may share."""
     if device.type != "cuda":

@@ -23,7 +23,7 @@ from rillgate_server.worker.allocator import keep_freed_memory, return_freed_mem
 from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.attention.choice import make_attention, triton_works
 from rillgate_server.worker.collectives import Collectives
-from rillgate_server.worker.compute_device import CPU, FindFreeMemory, free_bytes
+from rillgate_server.worker.compute_device import CPU, FindFreeMemory, free_bytes, use_device
 from rillgate_server.worker.draft_model import DraftModel, DraftSize, check_draft_model
 from rillgate_server.worker.kernels.library import Kernels, load_kernels
 from rillgate_server.worker.kv_storage import KVStorage
@@ -139,6 +139,7 @@ class Worker:
         Raises CheckpointError, OutOfMemory, or ConfigError for an unknown dtype or a split that
         does not divide.
         """
+        use_device(options.device)
         return_freed_memory()
         weights = resolve_quantization(options.weights, model_dir)
         spec = read_model_spec(model_dir).with_quantization(weights.version)
@@ -193,6 +194,7 @@ class Worker:
         """
         if not self.uses_triton:
             return find_free_memory()
+        use_device(self.device)
         measure = import_module("rillgate_server.worker.step_memory").measure_step_bytes
         block_size = self.layout.block_size_tokens
         step_bytes = measure(self.network, self._small_attention, block_size, self.spec, limits)
@@ -212,6 +214,7 @@ class Worker:
         `audit`: checksum blocks on their way to the host tier (plans say what must come back).
         `limits`: what steps may hold; a GPU's decode steps are captured for them.
         """
+        use_device(self.device)
         self.close()  # its memory counts as free for the new one
         tiers = reserve_tiers(self.layout, num_device_blocks, num_host_blocks, self.device)
         self.num_pageable_host_blocks = tiers.host.num_pageable_blocks
@@ -272,6 +275,7 @@ class Worker:
     def _ready_runner(self) -> Runner:
         if self._runner is None:
             raise EngineFailure("a plan came before allocate_cache")
+        use_device(self.device)
         return self._runner
 
     def _device_runner(self) -> PipelinedRunner:
