@@ -5,12 +5,15 @@ preemption, both tiers. Without a GPU Triton's kernels run in its interpreter, s
 `make gpu-check` asks all of every kind.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from rillgate_server.core.model_spec import CacheSizes
 from rillgate_server.core.step import StepLimits
 from rillgate_server.scheduler.scheduler import Scheduler
+from rillgate_server.worker.compute_device import CPU, find_device
 from rillgate_server.worker.model_loader import WeightStore, load_network
 from rillgate_server.worker.network.gpu_decoder import GpuDecoder
 from rillgate_server.worker.worker import Worker, WorkerOptions
@@ -29,16 +32,27 @@ NUM_PROMPTS = 6
 NUM_BLOCKS = 24
 
 
+def load_gpu_worker(path: Path) -> Worker:
+    """Load what a GPU would compute with."""
+    device = find_device()
+    worker = Worker.load(
+        path, WorkerOptions("float32", block_size_tokens=BLOCK_SIZE, device=device)
+    )
+    if device == CPU:
+        store = WeightStore(CPU, 1 << 30)
+        worker.network = GpuDecoder(load_network(path, torch.float32, store=store))
+        worker.uses_triton = True
+    assert isinstance(worker.network, GpuDecoder)
+    return worker
+
+
 @pytest.mark.parametrize("kind", ["qwen2-windows", "llama"])
 def test_requests_get_the_tokens_of_generate(
     kind: str, checkpoint: MakeCheckpoint, reference: MakeReference
 ) -> None:
     """Though each plan is made before the last one's tokens are known."""
     path, expected = checkpoint(kind), reference(kind)[1][:NUM_PROMPTS]
-    worker = Worker.load(path, WorkerOptions("float32", block_size_tokens=BLOCK_SIZE))
-    store = WeightStore(worker.device, 1 << 30)
-    worker.network = GpuDecoder(load_network(path, torch.float32, store=store))
-    worker.uses_triton = True
+    worker = load_gpu_worker(path)
     limits = StepLimits(BATCHER.max_running, BATCHER.max_step_tokens, 512)
     worker.allocate_cache(NUM_BLOCKS, NUM_HOST_BLOCKS, audit=True, limits=limits)
     layout = worker.layout

@@ -5,6 +5,7 @@ real bus with every block audited.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from rillgate_server.core.model_spec import CacheSizes, KVLayout, ModelSpec
+from rillgate_server.core.step import StepLimits
 from rillgate_server.engine.executor import Executor
 from rillgate_server.errors import ConfigError
 from rillgate_server.scheduler.scheduler import Scheduler
+from rillgate_server.worker.compute_device import free_memory
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rendezvous import RankPlace
 from rillgate_server.worker.worker import Worker, WorkerOptions
@@ -37,6 +40,8 @@ from tests.support.worker_fixtures import BLOCK_SIZE, MakeCheckpoint, MakeRefere
 
 SPLIT_KINDS = ("llama", "qwen2", "deepseek_v3")
 NUM_PROMPTS = 12
+LIMITS = StepLimits(BATCHER.max_running, BATCHER.max_step_tokens, 512)
+"""So that decode steps are captured."""
 
 
 CUDA = torch.device("cuda", 0)
@@ -87,7 +92,10 @@ def test_a_model_on_the_gpu_gets_the_tokens_of_generate(
     path, expected = asked(kind)
     options = WorkerOptions("float32", block_size_tokens=BLOCK_SIZE, device=cuda)
     worker = Worker.load(path, options)
-    worker.allocate_cache(NUM_BLOCKS, NUM_HOST_BLOCKS, audit=True)
+    spare = worker.spare_memory(partial(free_memory, cuda, 0, 1), LIMITS)
+    assert spare.is_measured
+    assert 0 < spare.device_bytes < free_memory(cuda, 0, 1).device_bytes
+    worker.allocate_cache(NUM_BLOCKS, NUM_HOST_BLOCKS, audit=True, limits=LIMITS)
     assert worker.num_pageable_host_blocks == 0
     note(check(worker, worker.spec, worker.layout, expected))
     worker.close()

@@ -169,8 +169,9 @@ def split_model(
 ) -> Iterator[Split]:
     """Give a split model with a small cache, and end it in good order unless a rank is lost."""
     split = join(pool, path, ranks, **order)
-    split.executor.spare_memory(find_free_memory, StepLimits(64, 512, 512))
-    split.executor.allocate_cache(num_blocks, num_host_blocks, bool(num_host_blocks))
+    limits = StepLimits(max_running=8, max_step_tokens=64, max_context_tokens=512)
+    split.executor.spare_memory(find_free_memory, limits)
+    split.executor.allocate_cache(num_blocks, num_host_blocks, bool(num_host_blocks), limits)
     try:
         yield split
     finally:
