@@ -79,8 +79,11 @@ class Run:
     """An engine with its requests' answers."""
 
     def __init__(self, executor: Executor, scheduler: Scheduler) -> None:
-        is_pipelined = isinstance(executor, PipelinedExecutor)
-        self.recorder = PipelinedRecorder(executor) if is_pipelined else Recorder(executor)
+        self.recorder = (
+            PipelinedRecorder(executor)
+            if isinstance(executor, PipelinedExecutor)
+            else Recorder(executor)
+        )
         self.scheduler = scheduler
         self.clock = VirtualClock()
         self.engine = Engine(scheduler, self.recorder, self.clock)
