@@ -31,7 +31,7 @@ def find_device(local_rank: int = 0) -> torch.device:
 def use_device(device: torch.device) -> None:
     """Let the calling thread launch on a device: Triton's kernels go to the thread's own, which is
     the first one until somebody says so."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.set_device(device)
 
 
