@@ -4,15 +4,18 @@
 # source: rillgate_proto/v1/control.proto
 # Protobuf Python Version: 5.27.2
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 5, 27, 2, "", "rillgate_proto/v1/control.proto"
+    _runtime_version.Domain.PUBLIC,
+    5,
+    27,
+    2,
+    '',
+    'rillgate_proto/v1/control.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,41 +25,39 @@ _sym_db = _symbol_database.Default()
 from rillgate_proto.v1 import inference_pb2 as rillgate__proto_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1frillgate_proto/v1/control.proto\x12\x0brillgate.v1\x1a!rillgate_proto/v1/inference.proto"\x12\n\x10GetStatusRequest"\xd6\x01\n\x11GetStatusResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x19\n\x11num_open_requests\x18\x03 \x01(\r\x12,\n\x08replicas\x18\x04 \x03(\x0b\x32\x1a.rillgate.v1.ReplicaStatus\x12\x16\n\x0erouting_policy\x18\x05 \x01(\t\x12\x19\n\x11num_moved_streams\x18\x06 \x01(\x04\x12\x1b\n\x13num_waiting_streams\x18\x07 \x01(\r"G\n\x0c\x44rainRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x15\n\rtime_limit_ms\x18\x02 \x01(\r\x12\x0c\n\x04undo\x18\x03 \x01(\x08"*\n\rDrainResponse\x12\x19\n\x11num_open_requests\x18\x01 \x01(\r""\n\x11\x46lushCacheRequest\x12\r\n\x05model\x18\x01 \x01(\t"^\n\x12\x46lushCacheResponse\x12\x14\n\x0cnum_replicas\x18\x01 \x01(\r\x12\x19\n\x11num_device_blocks\x18\x02 \x01(\x04\x12\x17\n\x0fnum_host_blocks\x18\x03 \x01(\x04"\xac\x07\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.rillgate.v1.ReplicaState\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x1a\n\x12num_running_tokens\x18\x08 \x01(\x04\x12\x1a\n\x12num_waiting_tokens\x18\t \x01(\x04\x12\x0f\n\x07step_id\x18\n \x01(\x04\x12\x13\n\x0bstep_age_ms\x18\x0b \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x0c \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_step_ms\x18\r \x01(\x01\x12\'\n\x06\x64\x65vice\x18\x0e \x01(\x0b\x32\x17.rillgate.v1.TierStatus\x12\x19\n\x11\x62lock_size_tokens\x18\x0f \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x10 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x11 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x12 \x01(\x04\x12\x13\n\x0bnum_loading\x18\x13 \x01(\r\x12%\n\x04host\x18\x14 \x01(\x0b\x32\x17.rillgate.v1.TierStatus\x12\'\n\x06\x63opies\x18\x15 \x01(\x0b\x32\x17.rillgate.v1.CopyStatus\x12.\n\tdecisions\x18\x16 \x01(\x0b\x32\x1b.rillgate.v1.DecisionStatus\x12&\n\x05\x63osts\x18\x17 \x01(\x0b\x32\x17.rillgate.v1.CostStatus\x12(\n\x06queues\x18\x18 \x03(\x0b\x32\x18.rillgate.v1.QueueStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x19 \x01(\t\x12\x11\n\tset_aside\x18\x1a \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x1b \x01(\r\x12\x13\n\x0bnum_streams\x18\x1c \x01(\r\x12\x1c\n\x14num_announced_blocks\x18\x1d \x01(\x04\x12\x1a\n\x12num_drafted_tokens\x18\x1e \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x1f \x01(\x04\x12\x1f\n\x17\x64\x65vice_idle_ms_per_step\x18  \x01(\x01\x12\x1b\n\x13num_following_steps\x18! \x01(\x04"\xda\x01\n\nTierStatus\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x17\n\x0fnum_blocks_free\x18\x02 \x01(\x04\x12\x17\n\x0fnum_blocks_used\x18\x03 \x01(\x04\x12\x19\n\x11num_blocks_cached\x18\x04 \x01(\x04\x12\x1a\n\x12num_blocks_copying\x18\x05 \x01(\x04\x12\x16\n\x0enum_hit_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12num_evicted_blocks\x18\x07 \x01(\x04\x12\x1b\n\x13num_blocks_pageable\x18\x08 \x01(\x04"\xc9\x01\n\nCopyStatus\x12\x19\n\x11num_stored_blocks\x18\x01 \x01(\x04\x12\x18\n\x10num_stored_bytes\x18\x02 \x01(\x04\x12\x19\n\x11num_loaded_blocks\x18\x03 \x01(\x04\x12\x18\n\x10num_loaded_bytes\x18\x04 \x01(\x04\x12\x19\n\x11num_failed_blocks\x18\x05 \x01(\x04\x12\x1a\n\x12num_refused_blocks\x18\x06 \x01(\x04\x12\x1a\n\x12num_unsaved_blocks\x18\x07 \x01(\x04"\xe7\x01\n\x0e\x44\x65\x63isionStatus\x12\x11\n\tnum_loads\x18\x01 \x01(\x04\x12\x16\n\x0enum_recomputes\x18\x02 \x01(\x04\x12\x19\n\x11num_loaded_tokens\x18\x03 \x01(\x04\x12\x1d\n\x15num_recomputed_tokens\x18\x04 \x01(\x04\x12\x18\n\x10predicted_load_s\x18\x05 \x01(\x01\x12\x15\n\ractual_load_s\x18\x06 \x01(\x01\x12\x1c\n\x14num_swap_preemptions\x18\x07 \x01(\x04\x12!\n\x19num_recompute_preemptions\x18\x08 \x01(\x04"\xe6\x01\n\nCostStatus\x12\x0e\n\x06step_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_token_s\x18\x02 \x01(\x01\x12\x19\n\x11prefill_context_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_row_s\x18\x04 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_context_s\x18\x05 \x01(\x01\x12\x16\n\x0eload_latency_s\x18\x06 \x01(\x01\x12\x18\n\x10load_bytes_per_s\x18\x07 \x01(\x01\x12\x17\n\x0fstore_latency_s\x18\x08 \x01(\x01\x12\x19\n\x11store_bytes_per_s\x18\t \x01(\x01"p\n\x0bQueueStatus\x12\'\n\x08priority\x18\x01 \x01(\x0e\x32\x15.rillgate.v1.Priority\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04*|\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_STATE_READY\x10\x01\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x02\x12\x18\n\x14REPLICA_STATE_FROZEN\x10\x03\x32\xe4\x01\n\x07\x43ontrol\x12J\n\tGetStatus\x12\x1d.rillgate.v1.GetStatusRequest\x1a\x1e.rillgate.v1.GetStatusResponse\x12M\n\nFlushCache\x12\x1e.rillgate.v1.FlushCacheRequest\x1a\x1f.rillgate.v1.FlushCacheResponse\x12>\n\x05\x44rain\x12\x19.rillgate.v1.DrainRequest\x1a\x1a.rillgate.v1.DrainResponseb\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1frillgate_proto/v1/control.proto\x12\x0brillgate.v1\x1a!rillgate_proto/v1/inference.proto\"\x12\n\x10GetStatusRequest\"\xd6\x01\n\x11GetStatusResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x19\n\x11num_open_requests\x18\x03 \x01(\r\x12,\n\x08replicas\x18\x04 \x03(\x0b\x32\x1a.rillgate.v1.ReplicaStatus\x12\x16\n\x0erouting_policy\x18\x05 \x01(\t\x12\x19\n\x11num_moved_streams\x18\x06 \x01(\x04\x12\x1b\n\x13num_waiting_streams\x18\x07 \x01(\r\"G\n\x0c\x44rainRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x15\n\rtime_limit_ms\x18\x02 \x01(\r\x12\x0c\n\x04undo\x18\x03 \x01(\x08\"*\n\rDrainResponse\x12\x19\n\x11num_open_requests\x18\x01 \x01(\r\"\"\n\x11\x46lushCacheRequest\x12\r\n\x05model\x18\x01 \x01(\t\"^\n\x12\x46lushCacheResponse\x12\x14\n\x0cnum_replicas\x18\x01 \x01(\r\x12\x19\n\x11num_device_blocks\x18\x02 \x01(\x04\x12\x17\n\x0fnum_host_blocks\x18\x03 \x01(\x04\"\xac\x07\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.rillgate.v1.ReplicaState\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x1a\n\x12num_running_tokens\x18\x08 \x01(\x04\x12\x1a\n\x12num_waiting_tokens\x18\t \x01(\x04\x12\x0f\n\x07step_id\x18\n \x01(\x04\x12\x13\n\x0bstep_age_ms\x18\x0b \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x0c \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_step_ms\x18\r \x01(\x01\x12\'\n\x06\x64\x65vice\x18\x0e \x01(\x0b\x32\x17.rillgate.v1.TierStatus\x12\x19\n\x11\x62lock_size_tokens\x18\x0f \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x10 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x11 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x12 \x01(\x04\x12\x13\n\x0bnum_loading\x18\x13 \x01(\r\x12%\n\x04host\x18\x14 \x01(\x0b\x32\x17.rillgate.v1.TierStatus\x12\'\n\x06\x63opies\x18\x15 \x01(\x0b\x32\x17.rillgate.v1.CopyStatus\x12.\n\tdecisions\x18\x16 \x01(\x0b\x32\x1b.rillgate.v1.DecisionStatus\x12&\n\x05\x63osts\x18\x17 \x01(\x0b\x32\x17.rillgate.v1.CostStatus\x12(\n\x06queues\x18\x18 \x03(\x0b\x32\x18.rillgate.v1.QueueStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x19 \x01(\t\x12\x11\n\tset_aside\x18\x1a \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x1b \x01(\r\x12\x13\n\x0bnum_streams\x18\x1c \x01(\r\x12\x1c\n\x14num_announced_blocks\x18\x1d \x01(\x04\x12\x1a\n\x12num_drafted_tokens\x18\x1e \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x1f \x01(\x04\x12\x1f\n\x17\x64\x65vice_idle_ms_per_step\x18  \x01(\x01\x12\x1b\n\x13num_following_steps\x18! \x01(\x04\"\xda\x01\n\nTierStatus\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x17\n\x0fnum_blocks_free\x18\x02 \x01(\x04\x12\x17\n\x0fnum_blocks_used\x18\x03 \x01(\x04\x12\x19\n\x11num_blocks_cached\x18\x04 \x01(\x04\x12\x1a\n\x12num_blocks_copying\x18\x05 \x01(\x04\x12\x16\n\x0enum_hit_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12num_evicted_blocks\x18\x07 \x01(\x04\x12\x1b\n\x13num_blocks_pageable\x18\x08 \x01(\x04\"\xc9\x01\n\nCopyStatus\x12\x19\n\x11num_stored_blocks\x18\x01 \x01(\x04\x12\x18\n\x10num_stored_bytes\x18\x02 \x01(\x04\x12\x19\n\x11num_loaded_blocks\x18\x03 \x01(\x04\x12\x18\n\x10num_loaded_bytes\x18\x04 \x01(\x04\x12\x19\n\x11num_failed_blocks\x18\x05 \x01(\x04\x12\x1a\n\x12num_refused_blocks\x18\x06 \x01(\x04\x12\x1a\n\x12num_unsaved_blocks\x18\x07 \x01(\x04\"\xe7\x01\n\x0e\x44\x65\x63isionStatus\x12\x11\n\tnum_loads\x18\x01 \x01(\x04\x12\x16\n\x0enum_recomputes\x18\x02 \x01(\x04\x12\x19\n\x11num_loaded_tokens\x18\x03 \x01(\x04\x12\x1d\n\x15num_recomputed_tokens\x18\x04 \x01(\x04\x12\x18\n\x10predicted_load_s\x18\x05 \x01(\x01\x12\x15\n\ractual_load_s\x18\x06 \x01(\x01\x12\x1c\n\x14num_swap_preemptions\x18\x07 \x01(\x04\x12!\n\x19num_recompute_preemptions\x18\x08 \x01(\x04\"\xe6\x01\n\nCostStatus\x12\x0e\n\x06step_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_token_s\x18\x02 \x01(\x01\x12\x19\n\x11prefill_context_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_row_s\x18\x04 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_context_s\x18\x05 \x01(\x01\x12\x16\n\x0eload_latency_s\x18\x06 \x01(\x01\x12\x18\n\x10load_bytes_per_s\x18\x07 \x01(\x01\x12\x17\n\x0fstore_latency_s\x18\x08 \x01(\x01\x12\x19\n\x11store_bytes_per_s\x18\t \x01(\x01\"p\n\x0bQueueStatus\x12\'\n\x08priority\x18\x01 \x01(\x0e\x32\x15.rillgate.v1.Priority\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04*|\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_STATE_READY\x10\x01\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x02\x12\x18\n\x14REPLICA_STATE_FROZEN\x10\x03\x32\xe4\x01\n\x07\x43ontrol\x12J\n\tGetStatus\x12\x1d.rillgate.v1.GetStatusRequest\x1a\x1e.rillgate.v1.GetStatusResponse\x12M\n\nFlushCache\x12\x1e.rillgate.v1.FlushCacheRequest\x1a\x1f.rillgate.v1.FlushCacheResponse\x12>\n\x05\x44rain\x12\x19.rillgate.v1.DrainRequest\x1a\x1a.rillgate.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "rillgate_proto.v1.control_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rillgate_proto.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_REPLICASTATE"]._serialized_start = 2518
-    _globals["_REPLICASTATE"]._serialized_end = 2642
-    _globals["_GETSTATUSREQUEST"]._serialized_start = 83
-    _globals["_GETSTATUSREQUEST"]._serialized_end = 101
-    _globals["_GETSTATUSRESPONSE"]._serialized_start = 104
-    _globals["_GETSTATUSRESPONSE"]._serialized_end = 318
-    _globals["_DRAINREQUEST"]._serialized_start = 320
-    _globals["_DRAINREQUEST"]._serialized_end = 391
-    _globals["_DRAINRESPONSE"]._serialized_start = 393
-    _globals["_DRAINRESPONSE"]._serialized_end = 435
-    _globals["_FLUSHCACHEREQUEST"]._serialized_start = 437
-    _globals["_FLUSHCACHEREQUEST"]._serialized_end = 471
-    _globals["_FLUSHCACHERESPONSE"]._serialized_start = 473
-    _globals["_FLUSHCACHERESPONSE"]._serialized_end = 567
-    _globals["_REPLICASTATUS"]._serialized_start = 570
-    _globals["_REPLICASTATUS"]._serialized_end = 1510
-    _globals["_TIERSTATUS"]._serialized_start = 1513
-    _globals["_TIERSTATUS"]._serialized_end = 1731
-    _globals["_COPYSTATUS"]._serialized_start = 1734
-    _globals["_COPYSTATUS"]._serialized_end = 1935
-    _globals["_DECISIONSTATUS"]._serialized_start = 1938
-    _globals["_DECISIONSTATUS"]._serialized_end = 2169
-    _globals["_COSTSTATUS"]._serialized_start = 2172
-    _globals["_COSTSTATUS"]._serialized_end = 2402
-    _globals["_QUEUESTATUS"]._serialized_start = 2404
-    _globals["_QUEUESTATUS"]._serialized_end = 2516
-    _globals["_CONTROL"]._serialized_start = 2645
-    _globals["_CONTROL"]._serialized_end = 2873
+  DESCRIPTOR._loaded_options = None
+  _globals['_REPLICASTATE']._serialized_start=2518
+  _globals['_REPLICASTATE']._serialized_end=2642
+  _globals['_GETSTATUSREQUEST']._serialized_start=83
+  _globals['_GETSTATUSREQUEST']._serialized_end=101
+  _globals['_GETSTATUSRESPONSE']._serialized_start=104
+  _globals['_GETSTATUSRESPONSE']._serialized_end=318
+  _globals['_DRAINREQUEST']._serialized_start=320
+  _globals['_DRAINREQUEST']._serialized_end=391
+  _globals['_DRAINRESPONSE']._serialized_start=393
+  _globals['_DRAINRESPONSE']._serialized_end=435
+  _globals['_FLUSHCACHEREQUEST']._serialized_start=437
+  _globals['_FLUSHCACHEREQUEST']._serialized_end=471
+  _globals['_FLUSHCACHERESPONSE']._serialized_start=473
+  _globals['_FLUSHCACHERESPONSE']._serialized_end=567
+  _globals['_REPLICASTATUS']._serialized_start=570
+  _globals['_REPLICASTATUS']._serialized_end=1510
+  _globals['_TIERSTATUS']._serialized_start=1513
+  _globals['_TIERSTATUS']._serialized_end=1731
+  _globals['_COPYSTATUS']._serialized_start=1734
+  _globals['_COPYSTATUS']._serialized_end=1935
+  _globals['_DECISIONSTATUS']._serialized_start=1938
+  _globals['_DECISIONSTATUS']._serialized_end=2169
+  _globals['_COSTSTATUS']._serialized_start=2172
+  _globals['_COSTSTATUS']._serialized_end=2402
+  _globals['_QUEUESTATUS']._serialized_start=2404
+  _globals['_QUEUESTATUS']._serialized_end=2516
+  _globals['_CONTROL']._serialized_start=2645
+  _globals['_CONTROL']._serialized_end=2873
 # @@protoc_insertion_point(module_scope)

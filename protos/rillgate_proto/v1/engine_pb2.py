@@ -4,106 +4,109 @@
 # source: rillgate_proto/v1/engine.proto
 # Protobuf Python Version: 5.27.2
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 5, 27, 2, "", "rillgate_proto/v1/engine.proto"
+    _runtime_version.Domain.PUBLIC,
+    5,
+    27,
+    2,
+    '',
+    'rillgate_proto/v1/engine.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1erillgate_proto/v1/engine.proto\x12\x0brillgate.v1"f\n\rEngineCommand\x12%\n\x06submit\x18\x01 \x01(\x0b\x32\x13.rillgate.v1.SubmitH\x00\x12#\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x12.rillgate.v1.AbortH\x00\x42\t\n\x07\x63ommand"\xd1\x04\n\x06Submit\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\ncache_salt\x18\x03 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12*\n\x07\x63hoices\x18\x05 \x03(\x0b\x32\x19.rillgate.v1.SubmitChoice\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.rillgate.v1.EngineSampling\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x0b \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\x0c \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06tenant\x18\r \x01(\t\x12\x15\n\rtenant_weight\x18\x0e \x01(\x01\x12\x33\n\x0epriority_class\x18\x0f \x01(\x0e\x32\x1b.rillgate.v1.EnginePriority\x12\x1c\n\x14shared_prefix_tokens\x18\x10 \x01(\r\x12\x19\n\x11time_remaining_ms\x18\x11 \x01(\x04\x12\x11\n\twaited_ms\x18\x12 \x01(\x04\x12\x33\n\x0bspeculation\x18\x13 \x01(\x0e\x32\x1e.rillgate.v1.EngineSpeculationB\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs":\n\x0cSubmitChoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x1b\n\x13generated_token_ids\x18\x02 \x03(\r"\xa3\x02\n\x0e\x45ngineSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.rillgate.v1.EngineSampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x06\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"4\n\x05\x41\x62ort\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x16\n\x0e\x63hoice_indices\x18\x02 \x03(\r"q\n\x0b\x45ngineEvent\x12.\n\x0bstep_output\x18\x01 \x01(\x0b\x32\x17.rillgate.v1.StepOutputH\x00\x12)\n\x08rejected\x18\x02 \x01(\x0b\x32\x15.rillgate.v1.RejectedH\x00\x42\x07\n\x05\x65vent"\xbc\x02\n\nStepOutput\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x13\n\x0brequest_key\x18\x02 \x03(\x04\x12\x14\n\x0c\x63hoice_index\x18\x03 \x03(\r\x12\x14\n\x0ctoken_offset\x18\x04 \x03(\r\x12\x12\n\nnum_tokens\x18\x05 \x03(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.rillgate.v1.EntryLogprobs\x12,\n\x07started\x18\x08 \x03(\x0b\x32\x1b.rillgate.v1.RequestStarted\x12-\n\x08\x66inished\x18\t \x03(\x0b\x32\x1b.rillgate.v1.ChoiceFinished\x12*\n\x06\x66\x61iled\x18\n \x03(\x0b\x32\x1a.rillgate.v1.RequestFailed"w\n\rEntryLogprobs\x12\x12\n\x05\x65ntry\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0brequest_key\x18\x02 \x01(\x04\x12\x33\n\tpositions\x18\x03 \x03(\x0b\x32 .rillgate.v1.EngineTokenLogprobsB\x08\n\x06_entry"e\n\x13\x45ngineTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02"q\n\x0eRequestStarted\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x10\n\x08queue_ms\x18\x02 \x01(\x01\x12\x1c\n\x14\x63\x61\x63hed_device_tokens\x18\x03 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_host_tokens\x18\x04 \x01(\r"\x99\x01\n\x0e\x43hoiceFinished\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\r\x12/\n\x06reason\x18\x03 \x01(\x0e\x32\x1f.rillgate.v1.EngineFinishReason\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\r"5\n\rRequestFailed\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t"\xba\x01\n\x08Rejected\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.rillgate.v1.RejectReason\x12\r\n\x05\x61sked\x18\x03 \x01(\x04\x12\x0c\n\x04\x66ree\x18\x04 \x01(\x04\x12\r\n\x05limit\x18\x05 \x01(\x04\x12\x16\n\x0eretry_after_ms\x18\x06 \x01(\x04\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x19\n\x11predicted_ttft_ms\x18\x08 \x01(\x04"#\n\x0cWatchRequest\x12\x13\n\x0bwith_blocks\x18\x01 \x01(\x08"\x8a\x01\n\x0cReplicaEvent\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.rillgate.v1.WelcomeH\x00\x12!\n\x04load\x18\x02 \x01(\x0b\x32\x11.rillgate.v1.LoadH\x00\x12%\n\x06\x62locks\x18\x03 \x01(\x0b\x32\x13.rillgate.v1.BlocksH\x00\x42\x07\n\x05\x65vent"\xec\x01\n\x06\x42locks\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12:\n\x0esnapshot_chunk\x18\x02 \x01(\x0b\x32 .rillgate.v1.BlocksSnapshotChunkH\x00\x12,\n\x06stored\x18\x03 \x01(\x0b\x32\x1a.rillgate.v1.BlocksChangedH\x00\x12-\n\x07\x65victed\x18\x04 \x01(\x0b\x32\x1a.rillgate.v1.BlocksChangedH\x00\x12-\n\x07\x63leared\x18\x05 \x01(\x0b\x32\x1a.rillgate.v1.BlocksClearedH\x00\x42\x08\n\x06\x63hange"Y\n\x13\x42locksSnapshotChunk\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.rillgate.v1.CacheTier\x12\x0e\n\x06hashes\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08"E\n\rBlocksChanged\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.rillgate.v1.CacheTier\x12\x0e\n\x06hashes\x18\x02 \x01(\x0c"\x0f\n\rBlocksCleared"\xb8\x02\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\r\n\x05model\x18\x04 \x01(\t\x12\x1c\n\x14model_version_digest\x18\x05 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x06 \x01(\t\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\t \x01(\r\x12\x13\n\x0bhash_scheme\x18\n \x01(\t\x12\x10\n\x08kv_dtype\x18\x0b \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x0c \x01(\r\x12\x13\n\x0bmax_running\x18\r \x01(\r"\x8f\x06\n\x04Load\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x13\n\x0bstep_age_ms\x18\x02 \x01(\x01\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.rillgate.v1.EngineState\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x1a\n\x12num_running_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12num_waiting_tokens\x18\x07 \x01(\x04\x12%\n\x06\x64\x65vice\x18\x08 \x01(\x0b\x32\x15.rillgate.v1.TierLoad\x12\x1c\n\x14prefill_tokens_per_s\x18\t \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_step_ms\x18\n \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x0c \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\r \x01(\x04\x12\x13\n\x0bnum_loading\x18\x0e \x01(\r\x12#\n\x04host\x18\x0f \x01(\x0b\x32\x15.rillgate.v1.TierLoad\x12\'\n\x06\x63opies\x18\x10 \x01(\x0b\x32\x17.rillgate.v1.CopyCounts\x12-\n\tdecisions\x18\x11 \x01(\x0b\x32\x1a.rillgate.v1.LoadDecisions\x12\'\n\x05\x63osts\x18\x12 \x01(\x0b\x32\x18.rillgate.v1.FittedCosts\x12&\n\x06queues\x18\x13 \x03(\x0b\x32\x16.rillgate.v1.QueueLoad\x12\x19\n\x11\x66ree_cpu_fraction\x18\x14 \x01(\x01\x12\x1c\n\x14\x66ree_device_fraction\x18\x15 \x01(\x01\x12\x17\n\x0flongest_step_ms\x18\x16 \x01(\x01\x12\x1a\n\x12num_drafted_tokens\x18\x17 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x18 \x01(\x04\x12\x1f\n\x17\x64\x65vice_idle_ms_per_step\x18\x19 \x01(\x01\x12\x1b\n\x13num_following_steps\x18\x1a \x01(\x04"\xd8\x01\n\x08TierLoad\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x17\n\x0fnum_blocks_free\x18\x02 \x01(\x04\x12\x17\n\x0fnum_blocks_used\x18\x03 \x01(\x04\x12\x19\n\x11num_blocks_cached\x18\x04 \x01(\x04\x12\x1a\n\x12num_blocks_copying\x18\x05 \x01(\x04\x12\x16\n\x0enum_hit_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12num_evicted_blocks\x18\x07 \x01(\x04\x12\x1b\n\x13num_blocks_pageable\x18\x08 \x01(\x04"\xc9\x01\n\nCopyCounts\x12\x19\n\x11num_stored_blocks\x18\x01 \x01(\x04\x12\x18\n\x10num_stored_bytes\x18\x02 \x01(\x04\x12\x19\n\x11num_loaded_blocks\x18\x03 \x01(\x04\x12\x18\n\x10num_loaded_bytes\x18\x04 \x01(\x04\x12\x19\n\x11num_failed_blocks\x18\x05 \x01(\x04\x12\x1a\n\x12num_refused_blocks\x18\x06 \x01(\x04\x12\x1a\n\x12num_unsaved_blocks\x18\x07 \x01(\x04"\xe6\x01\n\rLoadDecisions\x12\x11\n\tnum_loads\x18\x01 \x01(\x04\x12\x16\n\x0enum_recomputes\x18\x02 \x01(\x04\x12\x19\n\x11num_loaded_tokens\x18\x03 \x01(\x04\x12\x1d\n\x15num_recomputed_tokens\x18\x04 \x01(\x04\x12\x18\n\x10predicted_load_s\x18\x05 \x01(\x01\x12\x15\n\ractual_load_s\x18\x06 \x01(\x01\x12\x1c\n\x14num_swap_preemptions\x18\x07 \x01(\x04\x12!\n\x19num_recompute_preemptions\x18\x08 \x01(\x04"\xe7\x01\n\x0b\x46ittedCosts\x12\x0e\n\x06step_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_token_s\x18\x02 \x01(\x01\x12\x19\n\x11prefill_context_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_row_s\x18\x04 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_context_s\x18\x05 \x01(\x01\x12\x16\n\x0eload_latency_s\x18\x06 \x01(\x01\x12\x18\n\x10load_bytes_per_s\x18\x07 \x01(\x01\x12\x17\n\x0fstore_latency_s\x18\x08 \x01(\x01\x12\x19\n\x11store_bytes_per_s\x18\t \x01(\x01"z\n\tQueueLoad\x12\x33\n\x0epriority_class\x18\x01 \x01(\x0e\x32\x1b.rillgate.v1.EnginePriority\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04"\x19\n\x17\x45ngineFlushCacheRequest"N\n\x18\x45ngineFlushCacheResponse\x12\x19\n\x11num_device_blocks\x18\x01 \x01(\x04\x12\x17\n\x0fnum_host_blocks\x18\x02 \x01(\x04""\n\x12\x45ngineDrainRequest\x12\x0c\n\x04undo\x18\x01 \x01(\x08"0\n\x13\x45ngineDrainResponse\x12\x19\n\x11num_open_requests\x18\x01 \x01(\r*\xba\x01\n\x11\x45ngineSpeculation\x12"\n\x1e\x45NGINE_SPECULATION_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45NGINE_SPECULATION_OFF\x10\x01\x12$\n ENGINE_SPECULATION_PROMPT_LOOKUP\x10\x02\x12"\n\x1e\x45NGINE_SPECULATION_DRAFT_MODEL\x10\x03\x12\x1b\n\x17\x45NGINE_SPECULATION_AUTO\x10\x04*\x80\x01\n\x0e\x45nginePriority\x12\x1f\n\x1b\x45NGINE_PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_PRIORITY_HIGH\x10\x01\x12\x1a\n\x16\x45NGINE_PRIORITY_NORMAL\x10\x02\x12\x17\n\x13\x45NGINE_PRIORITY_LOW\x10\x03*z\n\x12\x45ngineFinishReason\x12$\n ENGINE_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45NGINE_FINISH_REASON_STOP\x10\x01\x12\x1f\n\x1b\x45NGINE_FINISH_REASON_LENGTH\x10\x02*\x82\x02\n\x0cRejectReason\x12\x1d\n\x19REJECT_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REJECT_REASON_INVALID\x10\x01\x12\x1a\n\x16REJECT_REASON_TOO_LONG\x10\x02\x12\x1c\n\x18REJECT_REASON_OVERLOADED\x10\x03\x12\x1a\n\x16REJECT_REASON_DRAINING\x10\x04\x12 \n\x1cREJECT_REASON_DEADLINE_NEVER\x10\x05\x12\x1e\n\x1aREJECT_REASON_DEADLINE_NOW\x10\x06\x12 \n\x1cREJECT_REASON_NO_DRAFT_MODEL\x10\x07*S\n\tCacheTier\x12\x1a\n\x16\x43\x41\x43HE_TIER_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41\x43HE_TIER_DEVICE\x10\x01\x12\x13\n\x0f\x43\x41\x43HE_TIER_HOST\x10\x02*^\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NGINE_STATE_READY\x10\x01\x12\x19\n\x15\x45NGINE_STATE_DRAINING\x10\x02\x32\xb1\x02\n\x06\x45ngine\x12?\n\x03Run\x12\x1a.rillgate.v1.EngineCommand\x1a\x18.rillgate.v1.EngineEvent(\x01\x30\x01\x12?\n\x05Watch\x12\x19.rillgate.v1.WatchRequest\x1a\x19.rillgate.v1.ReplicaEvent0\x01\x12Y\n\nFlushCache\x12$.rillgate.v1.EngineFlushCacheRequest\x1a%.rillgate.v1.EngineFlushCacheResponse\x12J\n\x05\x44rain\x12\x1f.rillgate.v1.EngineDrainRequest\x1a .rillgate.v1.EngineDrainResponseb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1erillgate_proto/v1/engine.proto\x12\x0brillgate.v1\"f\n\rEngineCommand\x12%\n\x06submit\x18\x01 \x01(\x0b\x32\x13.rillgate.v1.SubmitH\x00\x12#\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x12.rillgate.v1.AbortH\x00\x42\t\n\x07\x63ommand\"\xd1\x04\n\x06Submit\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\ncache_salt\x18\x03 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12*\n\x07\x63hoices\x18\x05 \x03(\x0b\x32\x19.rillgate.v1.SubmitChoice\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.rillgate.v1.EngineSampling\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x0b \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\x0c \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06tenant\x18\r \x01(\t\x12\x15\n\rtenant_weight\x18\x0e \x01(\x01\x12\x33\n\x0epriority_class\x18\x0f \x01(\x0e\x32\x1b.rillgate.v1.EnginePriority\x12\x1c\n\x14shared_prefix_tokens\x18\x10 \x01(\r\x12\x19\n\x11time_remaining_ms\x18\x11 \x01(\x04\x12\x11\n\twaited_ms\x18\x12 \x01(\x04\x12\x33\n\x0bspeculation\x18\x13 \x01(\x0e\x32\x1e.rillgate.v1.EngineSpeculationB\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\":\n\x0cSubmitChoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x1b\n\x13generated_token_ids\x18\x02 \x03(\r\"\xa3\x02\n\x0e\x45ngineSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.rillgate.v1.EngineSampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x06\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"4\n\x05\x41\x62ort\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x16\n\x0e\x63hoice_indices\x18\x02 \x03(\r\"q\n\x0b\x45ngineEvent\x12.\n\x0bstep_output\x18\x01 \x01(\x0b\x32\x17.rillgate.v1.StepOutputH\x00\x12)\n\x08rejected\x18\x02 \x01(\x0b\x32\x15.rillgate.v1.RejectedH\x00\x42\x07\n\x05\x65vent\"\xbc\x02\n\nStepOutput\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x13\n\x0brequest_key\x18\x02 \x03(\x04\x12\x14\n\x0c\x63hoice_index\x18\x03 \x03(\r\x12\x14\n\x0ctoken_offset\x18\x04 \x03(\r\x12\x12\n\nnum_tokens\x18\x05 \x03(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.rillgate.v1.EntryLogprobs\x12,\n\x07started\x18\x08 \x03(\x0b\x32\x1b.rillgate.v1.RequestStarted\x12-\n\x08\x66inished\x18\t \x03(\x0b\x32\x1b.rillgate.v1.ChoiceFinished\x12*\n\x06\x66\x61iled\x18\n \x03(\x0b\x32\x1a.rillgate.v1.RequestFailed\"w\n\rEntryLogprobs\x12\x12\n\x05\x65ntry\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0brequest_key\x18\x02 \x01(\x04\x12\x33\n\tpositions\x18\x03 \x03(\x0b\x32 .rillgate.v1.EngineTokenLogprobsB\x08\n\x06_entry\"e\n\x13\x45ngineTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"q\n\x0eRequestStarted\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x10\n\x08queue_ms\x18\x02 \x01(\x01\x12\x1c\n\x14\x63\x61\x63hed_device_tokens\x18\x03 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_host_tokens\x18\x04 \x01(\r\"\x99\x01\n\x0e\x43hoiceFinished\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\r\x12/\n\x06reason\x18\x03 \x01(\x0e\x32\x1f.rillgate.v1.EngineFinishReason\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\r\"5\n\rRequestFailed\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xba\x01\n\x08Rejected\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.rillgate.v1.RejectReason\x12\r\n\x05\x61sked\x18\x03 \x01(\x04\x12\x0c\n\x04\x66ree\x18\x04 \x01(\x04\x12\r\n\x05limit\x18\x05 \x01(\x04\x12\x16\n\x0eretry_after_ms\x18\x06 \x01(\x04\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x19\n\x11predicted_ttft_ms\x18\x08 \x01(\x04\"#\n\x0cWatchRequest\x12\x13\n\x0bwith_blocks\x18\x01 \x01(\x08\"\x8a\x01\n\x0cReplicaEvent\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.rillgate.v1.WelcomeH\x00\x12!\n\x04load\x18\x02 \x01(\x0b\x32\x11.rillgate.v1.LoadH\x00\x12%\n\x06\x62locks\x18\x03 \x01(\x0b\x32\x13.rillgate.v1.BlocksH\x00\x42\x07\n\x05\x65vent\"\xec\x01\n\x06\x42locks\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12:\n\x0esnapshot_chunk\x18\x02 \x01(\x0b\x32 .rillgate.v1.BlocksSnapshotChunkH\x00\x12,\n\x06stored\x18\x03 \x01(\x0b\x32\x1a.rillgate.v1.BlocksChangedH\x00\x12-\n\x07\x65victed\x18\x04 \x01(\x0b\x32\x1a.rillgate.v1.BlocksChangedH\x00\x12-\n\x07\x63leared\x18\x05 \x01(\x0b\x32\x1a.rillgate.v1.BlocksClearedH\x00\x42\x08\n\x06\x63hange\"Y\n\x13\x42locksSnapshotChunk\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.rillgate.v1.CacheTier\x12\x0e\n\x06hashes\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\"E\n\rBlocksChanged\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.rillgate.v1.CacheTier\x12\x0e\n\x06hashes\x18\x02 \x01(\x0c\"\x0f\n\rBlocksCleared\"\xb8\x02\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\r\n\x05model\x18\x04 \x01(\t\x12\x1c\n\x14model_version_digest\x18\x05 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x06 \x01(\t\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\t \x01(\r\x12\x13\n\x0bhash_scheme\x18\n \x01(\t\x12\x10\n\x08kv_dtype\x18\x0b \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x0c \x01(\r\x12\x13\n\x0bmax_running\x18\r \x01(\r\"\x8f\x06\n\x04Load\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x13\n\x0bstep_age_ms\x18\x02 \x01(\x01\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.rillgate.v1.EngineState\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x1a\n\x12num_running_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12num_waiting_tokens\x18\x07 \x01(\x04\x12%\n\x06\x64\x65vice\x18\x08 \x01(\x0b\x32\x15.rillgate.v1.TierLoad\x12\x1c\n\x14prefill_tokens_per_s\x18\t \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_step_ms\x18\n \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x0c \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\r \x01(\x04\x12\x13\n\x0bnum_loading\x18\x0e \x01(\r\x12#\n\x04host\x18\x0f \x01(\x0b\x32\x15.rillgate.v1.TierLoad\x12\'\n\x06\x63opies\x18\x10 \x01(\x0b\x32\x17.rillgate.v1.CopyCounts\x12-\n\tdecisions\x18\x11 \x01(\x0b\x32\x1a.rillgate.v1.LoadDecisions\x12\'\n\x05\x63osts\x18\x12 \x01(\x0b\x32\x18.rillgate.v1.FittedCosts\x12&\n\x06queues\x18\x13 \x03(\x0b\x32\x16.rillgate.v1.QueueLoad\x12\x19\n\x11\x66ree_cpu_fraction\x18\x14 \x01(\x01\x12\x1c\n\x14\x66ree_device_fraction\x18\x15 \x01(\x01\x12\x17\n\x0flongest_step_ms\x18\x16 \x01(\x01\x12\x1a\n\x12num_drafted_tokens\x18\x17 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x18 \x01(\x04\x12\x1f\n\x17\x64\x65vice_idle_ms_per_step\x18\x19 \x01(\x01\x12\x1b\n\x13num_following_steps\x18\x1a \x01(\x04\"\xd8\x01\n\x08TierLoad\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x17\n\x0fnum_blocks_free\x18\x02 \x01(\x04\x12\x17\n\x0fnum_blocks_used\x18\x03 \x01(\x04\x12\x19\n\x11num_blocks_cached\x18\x04 \x01(\x04\x12\x1a\n\x12num_blocks_copying\x18\x05 \x01(\x04\x12\x16\n\x0enum_hit_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12num_evicted_blocks\x18\x07 \x01(\x04\x12\x1b\n\x13num_blocks_pageable\x18\x08 \x01(\x04\"\xc9\x01\n\nCopyCounts\x12\x19\n\x11num_stored_blocks\x18\x01 \x01(\x04\x12\x18\n\x10num_stored_bytes\x18\x02 \x01(\x04\x12\x19\n\x11num_loaded_blocks\x18\x03 \x01(\x04\x12\x18\n\x10num_loaded_bytes\x18\x04 \x01(\x04\x12\x19\n\x11num_failed_blocks\x18\x05 \x01(\x04\x12\x1a\n\x12num_refused_blocks\x18\x06 \x01(\x04\x12\x1a\n\x12num_unsaved_blocks\x18\x07 \x01(\x04\"\xe6\x01\n\rLoadDecisions\x12\x11\n\tnum_loads\x18\x01 \x01(\x04\x12\x16\n\x0enum_recomputes\x18\x02 \x01(\x04\x12\x19\n\x11num_loaded_tokens\x18\x03 \x01(\x04\x12\x1d\n\x15num_recomputed_tokens\x18\x04 \x01(\x04\x12\x18\n\x10predicted_load_s\x18\x05 \x01(\x01\x12\x15\n\ractual_load_s\x18\x06 \x01(\x01\x12\x1c\n\x14num_swap_preemptions\x18\x07 \x01(\x04\x12!\n\x19num_recompute_preemptions\x18\x08 \x01(\x04\"\xe7\x01\n\x0b\x46ittedCosts\x12\x0e\n\x06step_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_token_s\x18\x02 \x01(\x01\x12\x19\n\x11prefill_context_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_row_s\x18\x04 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_context_s\x18\x05 \x01(\x01\x12\x16\n\x0eload_latency_s\x18\x06 \x01(\x01\x12\x18\n\x10load_bytes_per_s\x18\x07 \x01(\x01\x12\x17\n\x0fstore_latency_s\x18\x08 \x01(\x01\x12\x19\n\x11store_bytes_per_s\x18\t \x01(\x01\"z\n\tQueueLoad\x12\x33\n\x0epriority_class\x18\x01 \x01(\x0e\x32\x1b.rillgate.v1.EnginePriority\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\"\x19\n\x17\x45ngineFlushCacheRequest\"N\n\x18\x45ngineFlushCacheResponse\x12\x19\n\x11num_device_blocks\x18\x01 \x01(\x04\x12\x17\n\x0fnum_host_blocks\x18\x02 \x01(\x04\"\"\n\x12\x45ngineDrainRequest\x12\x0c\n\x04undo\x18\x01 \x01(\x08\"0\n\x13\x45ngineDrainResponse\x12\x19\n\x11num_open_requests\x18\x01 \x01(\r*\xba\x01\n\x11\x45ngineSpeculation\x12\"\n\x1e\x45NGINE_SPECULATION_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45NGINE_SPECULATION_OFF\x10\x01\x12$\n ENGINE_SPECULATION_PROMPT_LOOKUP\x10\x02\x12\"\n\x1e\x45NGINE_SPECULATION_DRAFT_MODEL\x10\x03\x12\x1b\n\x17\x45NGINE_SPECULATION_AUTO\x10\x04*\x80\x01\n\x0e\x45nginePriority\x12\x1f\n\x1b\x45NGINE_PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_PRIORITY_HIGH\x10\x01\x12\x1a\n\x16\x45NGINE_PRIORITY_NORMAL\x10\x02\x12\x17\n\x13\x45NGINE_PRIORITY_LOW\x10\x03*z\n\x12\x45ngineFinishReason\x12$\n ENGINE_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45NGINE_FINISH_REASON_STOP\x10\x01\x12\x1f\n\x1b\x45NGINE_FINISH_REASON_LENGTH\x10\x02*\x82\x02\n\x0cRejectReason\x12\x1d\n\x19REJECT_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REJECT_REASON_INVALID\x10\x01\x12\x1a\n\x16REJECT_REASON_TOO_LONG\x10\x02\x12\x1c\n\x18REJECT_REASON_OVERLOADED\x10\x03\x12\x1a\n\x16REJECT_REASON_DRAINING\x10\x04\x12 \n\x1cREJECT_REASON_DEADLINE_NEVER\x10\x05\x12\x1e\n\x1aREJECT_REASON_DEADLINE_NOW\x10\x06\x12 \n\x1cREJECT_REASON_NO_DRAFT_MODEL\x10\x07*S\n\tCacheTier\x12\x1a\n\x16\x43\x41\x43HE_TIER_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41\x43HE_TIER_DEVICE\x10\x01\x12\x13\n\x0f\x43\x41\x43HE_TIER_HOST\x10\x02*^\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NGINE_STATE_READY\x10\x01\x12\x19\n\x15\x45NGINE_STATE_DRAINING\x10\x02\x32\xb1\x02\n\x06\x45ngine\x12?\n\x03Run\x12\x1a.rillgate.v1.EngineCommand\x1a\x18.rillgate.v1.EngineEvent(\x01\x30\x01\x12?\n\x05Watch\x12\x19.rillgate.v1.WatchRequest\x1a\x19.rillgate.v1.ReplicaEvent0\x01\x12Y\n\nFlushCache\x12$.rillgate.v1.EngineFlushCacheRequest\x1a%.rillgate.v1.EngineFlushCacheResponse\x12J\n\x05\x44rain\x12\x1f.rillgate.v1.EngineDrainRequest\x1a .rillgate.v1.EngineDrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "rillgate_proto.v1.engine_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rillgate_proto.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_ENGINESAMPLING_LOGITBIASENTRY"]._loaded_options = None
-    _globals["_ENGINESAMPLING_LOGITBIASENTRY"]._serialized_options = b"8\001"
-    _globals["_ENGINESPECULATION"]._serialized_start = 5233
-    _globals["_ENGINESPECULATION"]._serialized_end = 5419
-    _globals["_ENGINEPRIORITY"]._serialized_start = 5422
-    _globals["_ENGINEPRIORITY"]._serialized_end = 5550
-    _globals["_ENGINEFINISHREASON"]._serialized_start = 5552
-    _globals["_ENGINEFINISHREASON"]._serialized_end = 5674
-    _globals["_REJECTREASON"]._serialized_start = 5677
-    _globals["_REJECTREASON"]._serialized_end = 5935
-    _globals["_CACHETIER"]._serialized_start = 5937
-    _globals["_CACHETIER"]._serialized_end = 6020
-    _globals["_ENGINESTATE"]._serialized_start = 6022
-    _globals["_ENGINESTATE"]._serialized_end = 6116
-    _globals["_ENGINECOMMAND"]._serialized_start = 47
-    _globals["_ENGINECOMMAND"]._serialized_end = 149
-    _globals["_SUBMIT"]._serialized_start = 152
-    _globals["_SUBMIT"]._serialized_end = 745
-    _globals["_SUBMITCHOICE"]._serialized_start = 747
-    _globals["_SUBMITCHOICE"]._serialized_end = 805
-    _globals["_ENGINESAMPLING"]._serialized_start = 808
-    _globals["_ENGINESAMPLING"]._serialized_end = 1099
-    _globals["_ENGINESAMPLING_LOGITBIASENTRY"]._serialized_start = 1051
-    _globals["_ENGINESAMPLING_LOGITBIASENTRY"]._serialized_end = 1099
-    _globals["_ABORT"]._serialized_start = 1101
-    _globals["_ABORT"]._serialized_end = 1153
-    _globals["_ENGINEEVENT"]._serialized_start = 1155
-    _globals["_ENGINEEVENT"]._serialized_end = 1268
-    _globals["_STEPOUTPUT"]._serialized_start = 1271
-    _globals["_STEPOUTPUT"]._serialized_end = 1587
-    _globals["_ENTRYLOGPROBS"]._serialized_start = 1589
-    _globals["_ENTRYLOGPROBS"]._serialized_end = 1708
-    _globals["_ENGINETOKENLOGPROBS"]._serialized_start = 1710
-    _globals["_ENGINETOKENLOGPROBS"]._serialized_end = 1811
-    _globals["_REQUESTSTARTED"]._serialized_start = 1813
-    _globals["_REQUESTSTARTED"]._serialized_end = 1926
-    _globals["_CHOICEFINISHED"]._serialized_start = 1929
-    _globals["_CHOICEFINISHED"]._serialized_end = 2082
-    _globals["_REQUESTFAILED"]._serialized_start = 2084
-    _globals["_REQUESTFAILED"]._serialized_end = 2137
-    _globals["_REJECTED"]._serialized_start = 2140
-    _globals["_REJECTED"]._serialized_end = 2326
-    _globals["_WATCHREQUEST"]._serialized_start = 2328
-    _globals["_WATCHREQUEST"]._serialized_end = 2363
-    _globals["_REPLICAEVENT"]._serialized_start = 2366
-    _globals["_REPLICAEVENT"]._serialized_end = 2504
-    _globals["_BLOCKS"]._serialized_start = 2507
-    _globals["_BLOCKS"]._serialized_end = 2743
-    _globals["_BLOCKSSNAPSHOTCHUNK"]._serialized_start = 2745
-    _globals["_BLOCKSSNAPSHOTCHUNK"]._serialized_end = 2834
-    _globals["_BLOCKSCHANGED"]._serialized_start = 2836
-    _globals["_BLOCKSCHANGED"]._serialized_end = 2905
-    _globals["_BLOCKSCLEARED"]._serialized_start = 2907
-    _globals["_BLOCKSCLEARED"]._serialized_end = 2922
-    _globals["_WELCOME"]._serialized_start = 2925
-    _globals["_WELCOME"]._serialized_end = 3237
-    _globals["_LOAD"]._serialized_start = 3240
-    _globals["_LOAD"]._serialized_end = 4023
-    _globals["_TIERLOAD"]._serialized_start = 4026
-    _globals["_TIERLOAD"]._serialized_end = 4242
-    _globals["_COPYCOUNTS"]._serialized_start = 4245
-    _globals["_COPYCOUNTS"]._serialized_end = 4446
-    _globals["_LOADDECISIONS"]._serialized_start = 4449
-    _globals["_LOADDECISIONS"]._serialized_end = 4679
-    _globals["_FITTEDCOSTS"]._serialized_start = 4682
-    _globals["_FITTEDCOSTS"]._serialized_end = 4913
-    _globals["_QUEUELOAD"]._serialized_start = 4915
-    _globals["_QUEUELOAD"]._serialized_end = 5037
-    _globals["_ENGINEFLUSHCACHEREQUEST"]._serialized_start = 5039
-    _globals["_ENGINEFLUSHCACHEREQUEST"]._serialized_end = 5064
-    _globals["_ENGINEFLUSHCACHERESPONSE"]._serialized_start = 5066
-    _globals["_ENGINEFLUSHCACHERESPONSE"]._serialized_end = 5144
-    _globals["_ENGINEDRAINREQUEST"]._serialized_start = 5146
-    _globals["_ENGINEDRAINREQUEST"]._serialized_end = 5180
-    _globals["_ENGINEDRAINRESPONSE"]._serialized_start = 5182
-    _globals["_ENGINEDRAINRESPONSE"]._serialized_end = 5230
-    _globals["_ENGINE"]._serialized_start = 6119
-    _globals["_ENGINE"]._serialized_end = 6424
+  DESCRIPTOR._loaded_options = None
+  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_ENGINESPECULATION']._serialized_start=5233
+  _globals['_ENGINESPECULATION']._serialized_end=5419
+  _globals['_ENGINEPRIORITY']._serialized_start=5422
+  _globals['_ENGINEPRIORITY']._serialized_end=5550
+  _globals['_ENGINEFINISHREASON']._serialized_start=5552
+  _globals['_ENGINEFINISHREASON']._serialized_end=5674
+  _globals['_REJECTREASON']._serialized_start=5677
+  _globals['_REJECTREASON']._serialized_end=5935
+  _globals['_CACHETIER']._serialized_start=5937
+  _globals['_CACHETIER']._serialized_end=6020
+  _globals['_ENGINESTATE']._serialized_start=6022
+  _globals['_ENGINESTATE']._serialized_end=6116
+  _globals['_ENGINECOMMAND']._serialized_start=47
+  _globals['_ENGINECOMMAND']._serialized_end=149
+  _globals['_SUBMIT']._serialized_start=152
+  _globals['_SUBMIT']._serialized_end=745
+  _globals['_SUBMITCHOICE']._serialized_start=747
+  _globals['_SUBMITCHOICE']._serialized_end=805
+  _globals['_ENGINESAMPLING']._serialized_start=808
+  _globals['_ENGINESAMPLING']._serialized_end=1099
+  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_start=1051
+  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_end=1099
+  _globals['_ABORT']._serialized_start=1101
+  _globals['_ABORT']._serialized_end=1153
+  _globals['_ENGINEEVENT']._serialized_start=1155
+  _globals['_ENGINEEVENT']._serialized_end=1268
+  _globals['_STEPOUTPUT']._serialized_start=1271
+  _globals['_STEPOUTPUT']._serialized_end=1587
+  _globals['_ENTRYLOGPROBS']._serialized_start=1589
+  _globals['_ENTRYLOGPROBS']._serialized_end=1708
+  _globals['_ENGINETOKENLOGPROBS']._serialized_start=1710
+  _globals['_ENGINETOKENLOGPROBS']._serialized_end=1811
+  _globals['_REQUESTSTARTED']._serialized_start=1813
+  _globals['_REQUESTSTARTED']._serialized_end=1926
+  _globals['_CHOICEFINISHED']._serialized_start=1929
+  _globals['_CHOICEFINISHED']._serialized_end=2082
+  _globals['_REQUESTFAILED']._serialized_start=2084
+  _globals['_REQUESTFAILED']._serialized_end=2137
+  _globals['_REJECTED']._serialized_start=2140
+  _globals['_REJECTED']._serialized_end=2326
+  _globals['_WATCHREQUEST']._serialized_start=2328
+  _globals['_WATCHREQUEST']._serialized_end=2363
+  _globals['_REPLICAEVENT']._serialized_start=2366
+  _globals['_REPLICAEVENT']._serialized_end=2504
+  _globals['_BLOCKS']._serialized_start=2507
+  _globals['_BLOCKS']._serialized_end=2743
+  _globals['_BLOCKSSNAPSHOTCHUNK']._serialized_start=2745
+  _globals['_BLOCKSSNAPSHOTCHUNK']._serialized_end=2834
+  _globals['_BLOCKSCHANGED']._serialized_start=2836
+  _globals['_BLOCKSCHANGED']._serialized_end=2905
+  _globals['_BLOCKSCLEARED']._serialized_start=2907
+  _globals['_BLOCKSCLEARED']._serialized_end=2922
+  _globals['_WELCOME']._serialized_start=2925
+  _globals['_WELCOME']._serialized_end=3237
+  _globals['_LOAD']._serialized_start=3240
+  _globals['_LOAD']._serialized_end=4023
+  _globals['_TIERLOAD']._serialized_start=4026
+  _globals['_TIERLOAD']._serialized_end=4242
+  _globals['_COPYCOUNTS']._serialized_start=4245
+  _globals['_COPYCOUNTS']._serialized_end=4446
+  _globals['_LOADDECISIONS']._serialized_start=4449
+  _globals['_LOADDECISIONS']._serialized_end=4679
+  _globals['_FITTEDCOSTS']._serialized_start=4682
+  _globals['_FITTEDCOSTS']._serialized_end=4913
+  _globals['_QUEUELOAD']._serialized_start=4915
+  _globals['_QUEUELOAD']._serialized_end=5037
+  _globals['_ENGINEFLUSHCACHEREQUEST']._serialized_start=5039
+  _globals['_ENGINEFLUSHCACHEREQUEST']._serialized_end=5064
+  _globals['_ENGINEFLUSHCACHERESPONSE']._serialized_start=5066
+  _globals['_ENGINEFLUSHCACHERESPONSE']._serialized_end=5144
+  _globals['_ENGINEDRAINREQUEST']._serialized_start=5146
+  _globals['_ENGINEDRAINREQUEST']._serialized_end=5180
+  _globals['_ENGINEDRAINRESPONSE']._serialized_start=5182
+  _globals['_ENGINEDRAINRESPONSE']._serialized_end=5230
+  _globals['_ENGINE']._serialized_start=6119
+  _globals['_ENGINE']._serialized_end=6424
 # @@protoc_insertion_point(module_scope)

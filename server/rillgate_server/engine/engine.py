@@ -32,9 +32,7 @@ class Engine:
         """
         self.scheduler = scheduler
         self._executor = _pipelined(executor, scheduler.max_plans_in_flight)
-        self._max_begun = min(
-            scheduler.max_plans_in_flight, self._executor.max_plans_in_flight
-        )
+        self._max_begun = min(scheduler.max_plans_in_flight, self._executor.max_plans_in_flight)
         self._num_begun = 0
         self._clock = clock
 
@@ -96,8 +94,8 @@ class Engine:
 
 
 def _pipelined(executor: Executor, max_plans: int) -> PipelinedExecutor:
-    """Return the executor with `begin` and `finish`, its own where more than one plan pays."""
-    if max_plans > 1 and isinstance(executor, PipelinedExecutor):
+    """Return the executor with `begin` and `finish`: its own where it may hold a second plan."""
+    if isinstance(executor, PipelinedExecutor) and min(max_plans, executor.max_plans_in_flight) > 1:
         return executor
     return InOrderExecutor(executor)
 

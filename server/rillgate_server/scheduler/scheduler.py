@@ -190,7 +190,7 @@ class Scheduler:
         return opened.plan
 
     def update(self, result: StepResult, now: float) -> StepOutput:
-        """Apply the result of the oldest plan; return everything that happened since the last output.
+        """Apply the oldest plan's result; return everything that happened since the last output.
 
         Raises EngineFailure, and applies no more than the ends of copies, when the result does not
         fit the plan.
@@ -280,9 +280,7 @@ class Scheduler:
             for sequence in opened.sequences:
                 if sequence.state is SequenceState.RUNNING:
                     self._requests.fail(sequence.group, message)
-        self._batch.slots.plan_failed(
-            slot for opened in failed for slot in opened.plan.ended_slots
-        )
+        self._batch.slots.plan_failed(slot for opened in failed for slot in opened.plan.ended_slots)
         self._progress_s = now
         return self._requests.events.take(self._open.done_step_id)
 
