@@ -114,6 +114,7 @@ def test_what_was_begun_behind_a_step_that_fails_is_waited_for_and_dropped() -> 
     failed = engine.fail_step("lost").failed
     assert [event.request_id for event in failed] == [1]
     assert device.num_begun == 0
+    assert device.calls == ["begin 1", "begin 2"]
     engine.scheduler.check_integrity()
     answers, request = Answers(), make_request(2)
     answers.expect(request)

@@ -15,6 +15,7 @@ from rillgate_server.scheduler.scheduler import Scheduler
 from tests.support.answers import EOS, reference_answer
 from tests.support.engine import SPEC, Driver, Limits, make_request
 from tests.support.pipelined import TWO, PipelinedDriver, begin_two, num_used, rows_of
+from tests.support.tiers import IN, LIMITS, ask, fill, question, slow
 
 LOOKUP = SpeculationConfig("prompt-lookup", 5)
 
@@ -250,6 +251,24 @@ def test_who_has_no_drafts_is_pipelined_again_once_those_with_drafts_are_gone() 
     while 0 not in driver.answers.of[1].finished:
         driver.step()
     begin_two(driver)
+    driver.run()
+    driver.check_answers()
+
+
+def test_no_step_begins_behind_copies_alone() -> None:
+    """That plan takes as long as a copy; who comes meanwhile starts once it is over."""
+    driver = PipelinedDriver(replace(LIMITS, max_plans_in_flight=2), copies=slow(IN))
+    ask(driver, question(1, 0))
+    fill(driver)
+    driver.submit(question(2, 0))
+    plan = driver.begin()
+    assert plan is not None
+    assert not plan.rows
+    assert driver.scheduler.load(0.0).num_loading == 1
+    driver.submit(make_request(3, range(60, 65)))
+    assert driver.begin() is None
+    driver.end()
+    assert rows_of(driver.begin()) == [(1, 0, 5)]
     driver.run()
     driver.check_answers()
 

@@ -139,7 +139,9 @@ class RecordingDevice(PipelinedFakeExecutor):
         super().begin(plan)
 
     def finish(self) -> StepResult:
-        """Note it (PipelinedFakeExecutor.finish)."""
+        """Note it where it gives a result (PipelinedFakeExecutor.finish)."""
+        if not self.num_begun:
+            self.calls.append("finish nothing")
         result = super().finish()
         self.calls.append(f"finish {result.step_id}")
         return replace(result, times=self.times)

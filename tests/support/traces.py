@@ -168,7 +168,7 @@ def random_interruption(rng: random.Random) -> Event:
     return Abort(rng.randint(0, 3), rng.choice((None, None, 0, 1)), moment)
 
 
-def random_trace(rng: random.Random) -> list[Event]:
+def random_trace(rng: random.Random, *, may_draft: bool = True) -> list[Event]:
     """Make arrivals with aborts, pauses and mishaps between them."""
     trace: list[Event] = [Submit(random_request(rng, 0))]
     for request_id in range(1, rng.choice((3, 8, 16, 24))):
@@ -178,7 +178,13 @@ def random_trace(rng: random.Random) -> list[Event]:
         mishap = rng.random()
         count = rng.choice((0, 1, 2, 7, 20))
         trace.append(Steps(count, mishap < 0.03, 0.03 <= mishap < 0.06))
-    return trace
+    return trace if may_draft else [_without_drafts(entry) for entry in trace]
+
+
+def _without_drafts(entry: Event) -> Event:
+    if not isinstance(entry, Submit):
+        return entry
+    return Submit(replace(entry.request, speculation=Speculation.OFF))
 
 
 def random_limits(rng: random.Random) -> Limits:
@@ -198,7 +204,7 @@ def random_limits(rng: random.Random) -> Limits:
         load_policy="load" if loads_much else rng.choice(("load", "auto", "auto", "recompute")),
         audit=rng.random() < 0.5,
         speculation=SpeculationConfig(
-            rng.choice(("off", "prompt-lookup", "draft-model", "auto")),
+            rng.choice(("off", "off", "prompt-lookup", "draft-model", "auto")),
             rng.randint(1, 7),
             "a model",
         ),
