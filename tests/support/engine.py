@@ -21,11 +21,7 @@ from rillgate_server.core.step import (
     StepResult,
 )
 from rillgate_server.engine.executor import Executor
-from rillgate_server.engine.testing import (
-    FakeCopies,
-    FakeExecutor,
-    FakeModel,
-)
+from rillgate_server.engine.testing import FakeCopies, FakeExecutor, FakeModel
 from rillgate_server.scheduler.scheduler import Scheduler
 from tests.support.answers import EOS, MODEL, Answers
 from tests.support.block_index import KnownBlocks

@@ -1,16 +1,26 @@
-"""Drives a scheduler with two plans in flight over a PipelinedFakeExecutor.
+"""Drives a scheduler with two plans in flight over a PipelinedFakeExecutor; and records one.
 
 As tests.support.engine's Driver, but a step begins all plans that may be begun, and ends the oldest
 one. How far the device has come meanwhile is the test's choice.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from rillgate_server.core.step import CopyDone, RowPlan, StepOutput, StepPlan
+from rillgate_server.core.step import (
+    CopyDone,
+    RowPlan,
+    StepOutput,
+    StepPlan,
+    StepResult,
+    StepTimes,
+)
 from rillgate_server.engine.testing import FakeCopies, PipelinedFakeExecutor
+from tests.support.answers import MODEL
 from tests.support.engine import STEP_S, Driver, Limits, StepLost
 
 _INSTANT = FakeCopies()
+TWO = Limits(max_plans_in_flight=2)
 
 
 class PipelinedDriver(Driver):
@@ -38,6 +48,9 @@ class PipelinedDriver(Driver):
         plan = super().begin()
         if plan is None:
             return None
+        if self.device.num_begun:
+            assert plan.rows, "copies alone are begun behind a step"
+            assert self.plans[-2].rows, "a step is begun behind copies alone"
         try:
             self.device.begin(plan)
         except StepLost as error:
@@ -84,3 +97,51 @@ class PipelinedDriver(Driver):
         if self.loses_next_begin:
             self.loses_next_begin = False
             raise StepLost(f"step {plan.step_id} is refused")
+
+
+def begin_two(driver: PipelinedDriver) -> tuple[StepPlan, StepPlan]:
+    """Begin two plans."""
+    first, second = driver.begin(), driver.begin()
+    assert first is not None
+    assert second is not None
+    return first, second
+
+
+def rows_of(plan: StepPlan | None) -> list[tuple[int, int, int]]:
+    """Return (slot, start, number of tokens) of each row."""
+    assert plan is not None
+    return [(row.slot, row.start, row.num_tokens) for row in plan.rows]
+
+
+def num_used(driver: Driver) -> int:
+    """Return how many device blocks somebody holds."""
+    return driver.scheduler.load(0.0).device.num_blocks_used
+
+
+class RecordingDevice(PipelinedFakeExecutor):
+    """Notes what is called, with the step it is about, and gives its results these times."""
+
+    def __init__(
+        self, limits: Limits, before_step: Callable[[StepPlan], None] | None = None
+    ) -> None:
+        super().__init__(limits.make_executor(MODEL, before_step=before_step))
+        self.calls: list[str] = []
+        self.times = StepTimes()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Note it (PipelinedFakeExecutor.execute)."""
+        self.calls.append(f"execute {plan.step_id}")
+        return super().execute(plan)
+
+    def begin(self, plan: StepPlan) -> None:
+        """Note it (PipelinedFakeExecutor.begin)."""
+        self.calls.append(f"begin {plan.step_id}")
+        super().begin(plan)
+
+    def finish(self) -> StepResult:
+        """Note it where it gives a result (PipelinedFakeExecutor.finish)."""
+        if not self.num_begun:
+            self.calls.append("finish nothing")
+        result = super().finish()
+        self.calls.append(f"finish {result.step_id}")
+        return replace(result, times=self.times)

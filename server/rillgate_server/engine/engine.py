@@ -94,7 +94,7 @@ class Engine:
 
 
 def _pipelined(executor: Executor, max_plans: int) -> PipelinedExecutor:
-    """Return the executor with `begin` and `finish`, its own where more than one plan pays."""
+    """Return the executor with `begin` and `finish`: its own where it may hold a second plan."""
     if isinstance(executor, PipelinedExecutor) and min(max_plans, executor.max_plans_in_flight) > 1:
         return executor
     return InOrderExecutor(executor)

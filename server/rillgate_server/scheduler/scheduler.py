@@ -190,7 +190,7 @@ class Scheduler:
         return opened.plan
 
     def update(self, result: StepResult, now: float) -> StepOutput:
-        """Apply the result of the oldest plan; return everything that happened since the last output.
+        """Apply the oldest plan's result; return everything that happened since the last output.
 
         Raises EngineFailure, and applies no more than the ends of copies, when the result does not
         fit the plan.

@@ -139,7 +139,7 @@ class Sequence:
         self.num_computed = self.num_planned = num_computed
 
     def plan_row(self, row: RowPlan) -> None:
-        """Note that a plan is open with a row of it. Drafts are in the cache when they are right."""
+        """Note that a plan with a row of it is open. Which drafts it computes is to be seen."""
         self.num_plans += 1
         self.num_planned = row.start + row.num_tokens - len(row.draft_token_ids)
         self.num_pending += row.samples
