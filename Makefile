@@ -49,7 +49,7 @@ bench-peers: setup ## install OpenVINO and llama.cpp into .bench and measure the
 	@$(BIN)/python -m benchmarks.peers.compare
 
 gpu-check: setup ## check and measure what needs an NVIDIA GPU; says what it skipped without one
-	@$(BIN)/python -m pytest -q -r fE tests/gpu
+	@$(BIN)/python -m benchmarks.gpu.check
 
 bench-kv: setup ## measure the two-tier cache and the control plane; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.kv_cache.compare && $(BIN)/python -m benchmarks.control_plane
