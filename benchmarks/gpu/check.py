@@ -23,6 +23,7 @@ from benchmarks.gpu.children import Budget, Children, Findings, part_command
 from benchmarks.gpu.correctness import run_checks
 from benchmarks.gpu.plan import NAMES, runs_of_a_group, with_needs
 from benchmarks.gpu.ratios import ratios
+from benchmarks.gpu.rows import find
 from benchmarks.gpu.scale import FULL, TINY
 from benchmarks.gpu.table import table
 from benchmarks.results_file import RESULTS, ROOT, git_commit, write_results
@@ -55,12 +56,17 @@ class Report:
         """Return all that a reader wants to know."""
         head = [
             f"date      {datetime.now(UTC).date()}",
-            f"hardware  {_device()}, {os.cpu_count()} cores",
+            f"hardware  {self._device()}, {os.cpu_count()} cores",
             f"software  Python {sys.version.split()[0]}, torch {torch.__version__}",
             f"commit    {git_commit()}",
             f"command   {self._command}",
         ]
         return "\n".join([*head, "", *([self.checks, ""] if self.checks else []), self.table()])
+
+    def _device(self) -> str:
+        """Return what the limits were measured on; this process itself takes no device's memory."""
+        limits = find(self._findings.rows, "limits")
+        return str(limits["device"]) if limits is not None else "a device that is not known yet"
 
     def table(self) -> str:
         """Return the table of what was measured."""
@@ -110,10 +116,6 @@ def _check(report: Report, findings: Findings, budget: Budget, environment: dict
     num_failed = row.get("failed", 0) + row.get("error", 0)
     if num_failed:
         findings.failed[_CHECKS] = f"{num_failed} of the checks of tests/gpu"
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -200,12 +200,14 @@ class _Child:
 
     def _read_messages(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._messages.put(json.loads(line))
+        with self._process.stdout as lines:
+            for line in lines:
+                self._messages.put(json.loads(line))
         self._messages.put(None)
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            sys.stderr.write(line)
-            self._last.append(line)
+        with self._process.stderr as lines:
+            for line in lines:
+                sys.stderr.write(line)
+                self._last.append(line)

@@ -26,12 +26,6 @@ def table(findings: Findings) -> str:
     return "\n".join(lines)
 
 
-def missed_aims(findings: Findings) -> list[str]:
-    """Name the ratios that are there and not as they should be."""
-    found = ratios(findings.rows)
-    return [name for name, aim in AIMS.items() if name in found and not aim.is_met(found[name])]
-
-
 def _verdict(name: str, found: dict[str, float]) -> tuple[str, str, str]:
     if name not in found:
         return name, "", ""

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,14 @@ class LoadedNetwork:
 @contextlib.contextmanager
 def open_network(work_dir: Path, scale: Scale) -> Iterator[LoadedNetwork]:
     """Load the large shape; take sdpa where the attention of its choice does not run."""
+    device = find_device()
+    # With accelerate the weights go straight to the device.
+    straight = {"device_map": device} if find_spec("accelerate") else {}
     network = AutoModelForCausalLM.from_pretrained(
-        work_dir / scale.large.name, dtype=torch.bfloat16
-    ).to(find_device())
+        work_dir / scale.large.name, dtype=torch.bfloat16, **straight
+    )
+    if not straight:
+        network.to(device)
     loaded = LoadedNetwork(network, scale.large.vocab_size, "its choice")
     warm = prompts("warm-up", 2, scale.request_prompt_tokens, scale.large.vocab_size)
     try:

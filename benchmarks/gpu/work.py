@@ -2,8 +2,8 @@
 
 Counted are the weights, the cache that attention reads, the products of the weights, and the two
 products of attention (queries with keys, weights with values), a multiplication and an addition as
-two operations. Left out is what is a thousandth of these: activations, norms, rotary angles, sampling,
-the rows of the embedding.
+two operations. Left out is what is a thousandth of these: activations, norms, rotary angles,
+sampling, the rows of the embedding.
 """
 
 from dataclasses import dataclass
