@@ -10,9 +10,11 @@ tiny shapes on a CPU: for tests.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +48,17 @@ class Report:
         self.checks = ""
 
     def write(self) -> None:
-        """Write both files, with what is known so far."""
+        """Write both files, with what is known so far.
+
+        A fault here must not cost the parts that are still to come: it is printed, with the rows.
+        """
+        try:
+            self._write()
+        except Exception:
+            traceback.print_exc()
+            print(json.dumps(self._findings.rows), flush=True)
+
+    def _write(self) -> None:
         if self._findings.rows:
             rows = self._findings.rows
             write_results("gpu", self._command, rows, ratios(rows), _PACKAGES, self._directory)
