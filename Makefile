@@ -48,8 +48,8 @@ bench-int8: setup ## measure INT8 and bf16, in turn with the peers that are ther
 bench-peers: setup ## install OpenVINO and llama.cpp into .bench and measure them; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.peers.compare
 
-gpu-check: setup ## check and measure what needs an NVIDIA GPU; says what it skipped without one
-	@$(BIN)/python -m pytest -q -r fE tests/gpu
+gpu-check: setup ## check and measure on an NVIDIA GPU, some 8 minutes; writes benchmarks/results/, without one says what it skipped
+	@$(BIN)/python -m benchmarks.gpu.check
 
 bench-kv: setup ## measure the two-tier cache and the control plane; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.kv_cache.compare && $(BIN)/python -m benchmarks.control_plane

@@ -18,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+_NO_COMMIT = "0" * 40
+
 Row = Mapping[str, Any]  # Any: JSON; a row's columns are its benchmark's own
 
 
@@ -27,13 +29,14 @@ def write_results(
     rows: Sequence[Row],
     ratios: Mapping[str, float],
     packages: Sequence[str] = ("torch", "transformers", "grpcio", "protobuf"),
+    directory: Path = RESULTS,
 ) -> Path:
     """Write one result and return its path. Each row has `samples`, the raw measurements."""
     assert all(row.get("samples") for row in rows), "a row without samples"
     result = {
         "name": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "hardware": hardware(),
         "versions": {"python": platform.python_version()} | _versions(packages),
         "command": command,
@@ -41,8 +44,8 @@ def write_results(
         "rows": list(rows),
         "ratios": {key: round(value, 4) for key, value in ratios.items()},
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -79,13 +82,19 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
+    """Return the commit that is checked out; zeros in a copy of the tree without git."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", "server", "client", "protos"
-    )
-    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    try:
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", "server", "client", "protos"
+        )
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"the commit is not known: {error}", file=sys.stderr)
+        return _NO_COMMIT

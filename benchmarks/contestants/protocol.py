@@ -46,8 +46,11 @@ class Contestant:
 
     def ask(self, mode: str, prompts: Sequence[Sequence[int]], num_output_tokens: int) -> Message:
         """Run one mode over the prompts and return what it measured."""
+        return self.tell({"mode": mode, "prompts": prompts, "num_output_tokens": num_output_tokens})
+
+    def tell(self, request: Message) -> Message:
+        """Send a message of any kind and return the answer."""
         assert self._process.stdin is not None
-        request = {"mode": mode, "prompts": prompts, "num_output_tokens": num_output_tokens}
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return self._receive()
 
