@@ -1,4 +1,4 @@
-"""The checks of `tests/gpu`, before anything is measured: their table, and how many passed."""
+"""The checks of `tests/gpu` and of all Triton kernels, before anything is measured: their table, and how many passed."""
 
 import re
 import subprocess
@@ -8,7 +8,18 @@ from collections.abc import Mapping, Sequence
 from benchmarks.gpu.rows import Row
 from benchmarks.results_file import ROOT
 
-_COMMAND = (sys.executable, "-m", "pytest", "-q", "-r", "fE", "tests/gpu")
+_ON_A_GPU_TOO = (
+    "tests/worker/test_triton_paged.py",
+    "tests/worker/test_device_sampler.py",
+    "tests/worker/test_device_runner.py",
+    "tests/worker/test_fused_kernels.py",
+    "tests/worker/test_rotary_kernel.py",
+    "tests/worker/test_gpu_decoder.py",
+    "tests/worker/test_int8_triton.py",
+    "tests/engine/test_gpu_worker.py",
+)
+"""Tests that every machine runs, on a GPU where there is one: as quick there as they are long."""
+_COMMAND = (sys.executable, "-m", "pytest", "-q", "-r", "fE", "tests/gpu", *_ON_A_GPU_TOO)
 _TITLE = re.compile(r"^[=-]+ (gpu-check: .*?) [=-]+$")
 _COUNT = re.compile(r"(\d+) (passed|failed|error|skipped)")
 

@@ -39,7 +39,8 @@ def pytest_terminal_summary(
     terminalreporter.section(f"gpu-check: {device}")
     for outcome in _OUTCOMES:
         for report in terminalreporter.stats.get(outcome, []):
-            if report.when == "call" or outcome != "passed":
+            is_own = "tests/gpu" in report.nodeid or outcome in ("failed", "error")
+            if is_own and (report.when == "call" or outcome != "passed"):
                 terminalreporter.line(f"{_title(report):<66} {outcome}{_finding(report)}")
 
 
