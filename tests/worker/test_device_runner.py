@@ -212,3 +212,29 @@ class Watched(PassingNetwork):
         """Note the rows."""
         self.num_logits.append(len(hidden))
         return super().logits(hidden)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_drafts_hold_as_far_as_they_are_what_is_drawn(
+    sampling: SamplingParams, checkpoint: MakeCheckpoint
+) -> None:
+    """As without speculation, penalties included; beside a row without drafts."""
+    worker = load_worker(checkpoint("llama"))
+    todo = [Job([5, 9, 3], 7, sampling), Job([17, 2], 2, GREEDY)]
+    expected, beside = (it.tokens for it in run(worker, todo))
+    runner = make_runner(worker, TransformersNetwork(load(checkpoint("llama"))))
+    first = StepPlan(
+        0,
+        (start(0, (5, 9, 3), (3, 4, 5), sampling), start(1, (17, 2), (7, 8), GREEDY)),
+        (RowPlan(0, 0, 3), RowPlan(1, 0, 2)),
+    )
+    assert runner.execute(first).token_ids == ((expected[0],), (beside[0],))
+    wrong = (expected[3] + 1) % VOCAB_SIZE
+    drafts = (expected[1], expected[2], wrong, expected[4])
+    rows = RowPlan(0, 3, 5, draft_token_ids=drafts), RowPlan(1, 2, 1)
+    got = runner.execute(StepPlan(1, (), rows)).token_ids
+    assert got == (tuple(expected[1:4]), (beside[1],))
+    last = runner.execute(
+        StepPlan(2, (), (RowPlan(0, 6, 3, draft_token_ids=tuple(expected[4:6])),))
+    )
+    assert last.token_ids == (tuple(expected[4:7]),)

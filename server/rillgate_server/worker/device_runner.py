@@ -26,7 +26,7 @@ from rillgate_server.worker.attention.triton_paged import TritonPagedAttention
 from rillgate_server.worker.cuda_graphs import DecodeGraphs
 from rillgate_server.worker.device_sampler import DeviceSampler, Draw, HostSample
 from rillgate_server.worker.device_time import Mark
-from rillgate_server.worker.draft_model import DraftModel
+from rillgate_server.worker.draft_model import DraftModel, propose_behind
 from rillgate_server.worker.input_batch import InputBatch
 from rillgate_server.worker.kv_transfer import COPY_WAIT_S, KVTransfer
 from rillgate_server.worker.network.base import Network
@@ -35,7 +35,6 @@ from rillgate_server.worker.split_step import hidden_in_parts
 from rillgate_server.worker.step_arrays import StepArrays, fill_unknown
 from rillgate_server.worker.step_rows import (
     PromptLogprobs,
-    Proposals,
     make_result,
     prompt_rows,
     sampled_positions,
@@ -126,7 +125,7 @@ class DeviceRunner:
             (slot, tuple(entry for part in parts for entry in part.read()))
             for slot, parts in begun.scores
         )
-        proposals, draft_s = self._propose(rows, sampled)
+        proposals, draft_s = propose_behind(self._draft_model, self._batch, rows, sampled)
         times = StepTimes(
             begun.computed.seconds_since(begun.began),
             begun.ended.seconds_since(begun.computed),
@@ -273,15 +272,3 @@ class DeviceRunner:
             if token.token_id is not None:
                 slot.append(token.token_id)
         return sampled
-
-    def _propose(
-        self, rows: Sequence[RowPlan], sampled: Sequence[Sequence[SampledToken]]
-    ) -> tuple[Proposals, float]:
-        """Ask the draft model for what rows want; one entry per row, and the seconds it took."""
-        if self._draft_model is None or not any(row.num_proposals for row in rows):
-            return (), 0.0
-        wanted = [
-            (row.slot, row.num_proposals if tokens else 0)
-            for row, tokens in zip(rows, sampled, strict=True)
-        ]
-        return self._draft_model.propose(self._batch, wanted)

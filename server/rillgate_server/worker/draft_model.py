@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from rillgate_server.core.model_spec import ModelSpec
-from rillgate_server.core.step import StepPlan
+from rillgate_server.core.step import RowPlan, StepPlan
 from rillgate_server.errors import ConfigError
 from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.input_batch import InputBatch, TokenRun, pack_runs
 from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.network.base import Network
+from rillgate_server.worker.sampler import SampledToken
+from rillgate_server.worker.step_rows import Proposals
 
 _CATCH_UP_TOKENS = 512
 """In one step, over all slots: what a long prompt adds to the step of everybody beside it."""
@@ -200,6 +202,25 @@ class DraftModel:
         step = pack_runs(runs, self._block_size).on(self._storage.bytes.device)
         token_ids = step.token_ids.clamp(max=self._size.vocab_size - 1)
         return self._network.hidden(token_ids, step.positions, self._attention.prepare(step))
+
+
+def propose_behind(
+    draft_model: DraftModel | None,
+    batch: InputBatch,
+    rows: Sequence[RowPlan],
+    sampled: Sequence[Sequence[SampledToken]],
+) -> tuple[Proposals, float]:
+    """Ask for what rows of a plan want behind what they have sampled, if there is a draft model.
+
+    Returns one entry per row, or none where no row wants any; and the seconds it took.
+    """
+    if draft_model is None or not any(row.num_proposals for row in rows):
+        return (), 0.0
+    wanted = [
+        (row.slot, row.num_proposals if tokens else 0)
+        for row, tokens in zip(rows, sampled, strict=True)
+    ]
+    return draft_model.propose(batch, wanted)
 
 
 def check_draft_model(draft: ModelSpec, target: ModelSpec) -> None:

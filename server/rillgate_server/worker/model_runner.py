@@ -17,7 +17,7 @@ from rillgate_server.core.step import RowPlan, StepPlan, StepResult, StepTimes, 
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.compute_device import CPU, wait_for
-from rillgate_server.worker.draft_model import DraftModel
+from rillgate_server.worker.draft_model import DraftModel, propose_behind
 from rillgate_server.worker.input_batch import InputBatch
 from rillgate_server.worker.kv_storage import KVStorage
 from rillgate_server.worker.kv_transfer import COPY_WAIT_S, KVTransfer
@@ -111,22 +111,10 @@ class ModelRunner:
             sampling_rows = []
         prompt_logprobs = self._prompt_logprobs(rows, hidden)
         done = time.perf_counter()
-        proposals, draft_s = self._propose(sampling_rows, sampled)
+        proposals, draft_s = propose_behind(self._draft_model, self._batch, sampling_rows, sampled)
         times = StepTimes(computed - begin, done - computed, draft_s)
         result = make_result(plan.step_id, sampling_rows, sampled, prompt_logprobs, times)
         return replace(result, proposals=proposals) if any(proposals) else result
-
-    def _propose(
-        self, rows: Sequence[RowPlan], sampled: Sequence[Sequence[SampledToken]]
-    ) -> tuple[tuple[tuple[int, ...], ...], float]:
-        """Ask the draft model for what rows want; one entry per row, and the seconds it took."""
-        if self._draft_model is None or not any(row.num_proposals for row in rows):
-            return (), 0.0
-        wanted = [
-            (row.slot, row.num_proposals if tokens else 0)
-            for row, tokens in zip(rows, sampled, strict=True)
-        ]
-        return self._draft_model.propose(self._batch, wanted)
 
     def _sample(self, rows: Sequence[RowPlan], logits: Tensor | None) -> list[list[SampledToken]]:
         """Draw each row's tokens and note them in its slot; empty for a row that failed.
