@@ -1,4 +1,5 @@
-"""The checks of `tests/gpu` and of all Triton kernels, before anything is measured: their table, and how many passed."""
+"""What is checked before anything is measured (tests/gpu, and the tests of all Triton kernels): its
+table, and how many passed."""
 
 import re
 import subprocess

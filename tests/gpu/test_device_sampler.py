@@ -8,7 +8,7 @@ import torch
 
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import SlotStart
-from rillgate_server.worker.device_sampler import DeviceSampler, Draw
+from rillgate_server.worker.gpu.device_sampler import DeviceSampler, Draw
 from tests.support.twin_samplers import TwinSamplers
 
 VOCAB_SIZE = 152_064

@@ -2,7 +2,7 @@
 
 import torch
 
-from rillgate_server.worker.device_sampler import DeviceSampler
+from rillgate_server.worker.gpu.device_sampler import DeviceSampler
 
 VOCAB_SIZE = 152_064
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import SlotStart
-from rillgate_server.worker.device_sampler import DeviceSampler, Draw
+from rillgate_server.worker.gpu.device_sampler import DeviceSampler, Draw
 from rillgate_server.worker.sampler import SampledToken, sample
 from rillgate_server.worker.slot_sampling import SlotSampling
 

@@ -15,16 +15,16 @@ from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import RowPlan, SlotStart, StepLimits, StepPlan, StepResult
 from rillgate_server.worker.attention.base import AttentionStep
 from rillgate_server.worker.attention.triton_paged import TritonPagedAttention
-from rillgate_server.worker.device_runner import DeviceRunner
-from rillgate_server.worker.device_sampler import DeviceSampler
-from rillgate_server.worker.gpu_step import capture_decode
+from rillgate_server.worker.gpu.assembly import capture_decode
+from rillgate_server.worker.gpu.device_runner import DeviceRunner
+from rillgate_server.worker.gpu.device_sampler import DeviceSampler
+from rillgate_server.worker.gpu.step_memory import compute_largest_step
 from rillgate_server.worker.kv_tiers import reserve_tiers
 from rillgate_server.worker.kv_transfer import KVTransfer
 from rillgate_server.worker.model_loader import WeightStore, load_network
 from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.network.gpu_decoder import GpuDecoder
 from rillgate_server.worker.network.transformers_network import TransformersNetwork
-from rillgate_server.worker.step_memory import compute_largest_step
 from rillgate_server.worker.worker import Worker
 from tests.support.checkpoints import VOCAB_SIZE
 from tests.support.networks import PassingNetwork

@@ -13,9 +13,9 @@ from rillgate_server.core.random_draw import uniform
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import SlotStart
 from rillgate_server.worker import sampling_kernels
-from rillgate_server.worker.device_sampler import DeviceSampler, Draw
+from rillgate_server.worker.gpu.device_sampler import DeviceSampler, Draw
+from rillgate_server.worker.gpu.sampling_tables import COUNT_SHIFT, MAX_COUNT, SamplingTables
 from rillgate_server.worker.sampler import sample
-from rillgate_server.worker.sampling_tables import COUNT_SHIFT, MAX_COUNT, SamplingTables
 from rillgate_server.worker.slot_sampling import SlotSampling
 from tests.support.gpu_compile import MAX_SHARED_BYTES, compile_launches
 from tests.support.twin_samplers import TwinSamplers

@@ -13,8 +13,8 @@ from torch import Tensor
 from rillgate_server.core.step import RowPlan, SlotStart, StepPlan
 from rillgate_server.errors import EngineFailure
 from rillgate_server.worker.attention.base import PackedRow, PackedStep
+from rillgate_server.worker.gpu.step_arrays import UNKNOWN, Run, StepArrays
 from rillgate_server.worker.slot_sampling import SlotSampling
-from rillgate_server.worker.step_arrays import UNKNOWN, Run, StepArrays
 
 _MIN_TABLE_BLOCKS = 64
 """Width of the first block tables; they double when a slot needs more."""

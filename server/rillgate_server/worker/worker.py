@@ -195,7 +195,7 @@ class Worker:
         if not self.uses_triton:
             return find_free_memory()
         use_device(self.device)
-        measure = import_module("rillgate_server.worker.step_memory").measure_step_bytes
+        measure = import_module("rillgate_server.worker.gpu.step_memory").measure_step_bytes
         block_size = self.layout.block_size_tokens
         step_bytes = measure(self.network, self._small_attention, block_size, self.spec, limits)
         free = find_free_memory()
@@ -222,7 +222,7 @@ class Worker:
         attention = self._attention_over(tiers.device)
         draft, vocab_size = self._draft_model(tiers), self.spec.vocab_size
         if self.uses_triton:
-            make = import_module("rillgate_server.worker.gpu_step").make_device_runner
+            make = import_module("rillgate_server.worker.gpu.assembly").make_device_runner
             self._runner = make(self.network, attention, transfer, vocab_size, limits, draft)
         else:
             self._runner = ModelRunner(

@@ -1,6 +1,6 @@
 """Decode steps whose arrays lie at fixed places, for launches that a CUDA graph has captured.
 
-Owns those arrays and their capacity. Does not know graphs (worker.cuda_graphs), nor tokens.
+Owns those arrays and their capacity. Does not know graphs (worker.gpu.cuda_graphs), nor tokens.
 
 A captured step has a fixed number of rows, of which the last may be padding: no item names them,
 and their keys and values are stored nowhere. Each size lays the same memory out for itself:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rillgate_server.worker.gpu.step_arrays import StepArrays
 from rillgate_server.worker.network.base import Network
-from rillgate_server.worker.step_arrays import StepArrays
 
 _log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import torch
 from rillgate_server.core.step import StepLimits
 from rillgate_server.worker.attention.static_decode import StaticDecode
 from rillgate_server.worker.attention.triton_paged import TritonPagedAttention
-from rillgate_server.worker.cuda_graphs import CudaCapture, DecodeGraphs, Launch, graph_sizes
-from rillgate_server.worker.device_runner import DeviceRunner
-from rillgate_server.worker.device_sampler import DeviceSampler
 from rillgate_server.worker.draft_model import DraftModel
+from rillgate_server.worker.gpu.cuda_graphs import CudaCapture, DecodeGraphs, Launch, graph_sizes
+from rillgate_server.worker.gpu.device_runner import DeviceRunner
+from rillgate_server.worker.gpu.device_sampler import DeviceSampler
 from rillgate_server.worker.kv_transfer import KVTransfer
 from rillgate_server.worker.network.base import Network
 

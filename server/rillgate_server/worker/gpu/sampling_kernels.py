@@ -7,7 +7,7 @@ have the same bits whatever rows lie beside it:
     weigh       [rows, parts]   sum of exp((logit - best) / temperature) of each part; where a
                                 filter is to come, those weights that it may keep, close together
     choose_filter [rows]        the least weight that top_k, top_p and min_p keep, and new sums
-                                (worker.sampling_filter)
+                                (gpu.sampling_filter)
     pick        [rows]          the part in which the cumulative sum exceeds u * total, in it the
                                 token; notes the token in the slot's tables
 
@@ -16,7 +16,7 @@ row its slot and the tokens generated before, then which rows are drawn. Kernels
 without fused products: each rounding is one of the definition's.
 
 Imported only where there is a GPU, or Triton's interpreter (TRITON_INTERPRET=1, in tests): builds
-of torch for CPUs come without Triton. Launches are worker.sampling_launches'.
+of torch for CPUs come without Triton. Launches are gpu.sampling_launches'.
 """
 
 import triton
@@ -24,8 +24,8 @@ import triton.language as tl
 
 from rillgate_server.core.random_draw import PURPOSE_SAMPLE
 from rillgate_server.worker import sampling_tables as layout
-from rillgate_server.worker.sampling_filter import least_kept
-from rillgate_server.worker.sampling_tables import FRACTIONS, WHOLES
+from rillgate_server.worker.gpu.sampling_filter import least_kept
+from rillgate_server.worker.gpu.sampling_tables import FRACTIONS, WHOLES
 
 _NUM_FRACTIONS = tl.constexpr(len(FRACTIONS))
 _TEMPERATURE = tl.constexpr(FRACTIONS.index("temperature"))

@@ -11,7 +11,7 @@ An entry, and what its bits say of the token:
      0 | times it was    | 1 + where its   | banned until       | in the
        | generated       | bias lies, or 0 | min_tokens         | prompt
 
-Does not know logits, rows of a step, or how a token is drawn (worker.sampling_kernels).
+Does not know logits, rows of a step, or how a token is drawn (gpu.sampling_kernels).
 """
 
 from collections.abc import Sequence

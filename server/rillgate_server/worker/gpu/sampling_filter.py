@@ -4,14 +4,14 @@ Positive float64 are in the order of their bits, so that a search narrows an int
 few pivots in each pass over the weights. Weights are exponentials: equal steps of their bits are
 about equal steps of the logits, and a handful of passes tell any two apart.
 
-Does not know logits or what follows from the threshold (worker.sampling_kernels, which also says
+Does not know logits or what follows from the threshold (gpu.sampling_kernels, which also says
 where this may be imported).
 """
 
 import triton
 import triton.language as tl
 
-from rillgate_server.worker.sampling_tables import FRACTIONS, WHOLES
+from rillgate_server.worker.gpu.sampling_tables import FRACTIONS, WHOLES
 
 _NUM_FRACTIONS = tl.constexpr(len(FRACTIONS))
 _TEMPERATURE = tl.constexpr(FRACTIONS.index("temperature"))

@@ -23,16 +23,16 @@ from torch import Tensor
 from rillgate_server.core.step import RowPlan, StepPlan, StepResult, StepTimes
 from rillgate_server.core.step_codec import SampledTokens
 from rillgate_server.worker.attention.triton_paged import TritonPagedAttention
-from rillgate_server.worker.cuda_graphs import DecodeGraphs
-from rillgate_server.worker.device_sampler import DeviceSampler, Draw, HostSample
-from rillgate_server.worker.device_time import Mark
 from rillgate_server.worker.draft_model import DraftModel, propose_behind
+from rillgate_server.worker.gpu.cuda_graphs import DecodeGraphs
+from rillgate_server.worker.gpu.device_sampler import DeviceSampler, Draw, HostSample
+from rillgate_server.worker.gpu.device_time import Mark
+from rillgate_server.worker.gpu.split_step import hidden_in_parts
+from rillgate_server.worker.gpu.step_arrays import StepArrays, fill_unknown
 from rillgate_server.worker.input_batch import InputBatch
 from rillgate_server.worker.kv_transfer import COPY_WAIT_S, KVTransfer
 from rillgate_server.worker.network.base import Network
 from rillgate_server.worker.sampler import SampledToken
-from rillgate_server.worker.split_step import hidden_in_parts
-from rillgate_server.worker.step_arrays import StepArrays, fill_unknown
 from rillgate_server.worker.step_rows import (
     PromptLogprobs,
     make_result,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from rillgate_server.worker.attention.static_decode import StaticDecode
+from rillgate_server.worker.gpu.step_arrays import NO_BLOCK, NUM_FIELDS, StepArrays, fill_unknown
 from rillgate_server.worker.network.base import Network
-from rillgate_server.worker.step_arrays import NO_BLOCK, NUM_FIELDS, StepArrays, fill_unknown
 
 MAX_GRAPH_ROWS = 512
 """Above it a step computes for longer than its launches take."""

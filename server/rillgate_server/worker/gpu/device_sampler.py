@@ -5,7 +5,7 @@ numbers per row; all that it gives back stays there until somebody fetches it. A
 rows costs two launches, drawn rows one more, filters one more again.
 
 Owns the order of the launches, and what of a call's rows they concern. Does not know the slots'
-tables (worker.sampling_tables), plans or requests. Like the kernels, imported only where there is
+tables (gpu.sampling_tables), plans or requests. Like the kernels, imported only where there is
 a GPU or Triton's interpreter.
 """
 
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import SlotStart, TokenLogprobs
-from rillgate_server.worker.sampler import SampledToken
-from rillgate_server.worker.sampling_launches import (
+from rillgate_server.worker.gpu.sampling_launches import (
     PART_LEN,
     Candidates,
     DrawnBatch,
@@ -27,7 +26,8 @@ from rillgate_server.worker.sampling_launches import (
     pick,
     weigh,
 )
-from rillgate_server.worker.sampling_tables import SamplingTables
+from rillgate_server.worker.gpu.sampling_tables import SamplingTables
+from rillgate_server.worker.sampler import SampledToken
 
 _FIRST_SLOTS = 64
 """Slots for which there is room at first; it doubles when a higher one starts."""

@@ -1,7 +1,7 @@
 """The launches of one call of the device's sampler.
 
 Owns what the kernels leave for each other, and how many programs run. Does not know which rows are
-drawn (worker.device_sampler) nor how (worker.sampling_kernels, which also says where this may be
+drawn (gpu.device_sampler) nor how (gpu.sampling_kernels, which also says where this may be
 imported).
 """
 
@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from rillgate_server.worker import sampling_kernels as kernels
-from rillgate_server.worker.sampling_filter import choose_filter
-from rillgate_server.worker.sampling_tables import SamplingTables
+from rillgate_server.worker.gpu.sampling_filter import choose_filter
+from rillgate_server.worker.gpu.sampling_tables import SamplingTables
 
 PART_LEN = 2048
 """Tokens of a part. A vocabulary of 150,000 makes 75 programs of one row, and for a top_k of up to

@@ -17,10 +17,10 @@ from rillgate_server.core.step import SlotStart, StepLimits
 from rillgate_server.worker.attention.base import AttentionBackend
 from rillgate_server.worker.attention.static_decode import StaticDecode
 from rillgate_server.worker.attention.triton_paged import TritonPagedAttention
-from rillgate_server.worker.cuda_graphs import CudaCapture, DecodeGraphs, graph_sizes
-from rillgate_server.worker.device_sampler import DeviceSampler, Draw
+from rillgate_server.worker.gpu.cuda_graphs import CudaCapture, DecodeGraphs, graph_sizes
+from rillgate_server.worker.gpu.device_sampler import DeviceSampler, Draw
+from rillgate_server.worker.gpu.step_arrays import Run, StepArrays
 from rillgate_server.worker.network.base import Network
-from rillgate_server.worker.step_arrays import Run, StepArrays
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Steps on a GPU: laid out, launched, captured, drawn from, fetched."""
