@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from rillgate_server.core.random_draw import PURPOSE_SAMPLE
-from rillgate_server.worker import sampling_tables as layout
+from rillgate_server.worker.gpu import sampling_tables as layout
 from rillgate_server.worker.gpu.sampling_filter import least_kept
 from rillgate_server.worker.gpu.sampling_tables import FRACTIONS, WHOLES
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from rillgate_server.worker import sampling_kernels as kernels
+from rillgate_server.worker.gpu import sampling_kernels as kernels
 from rillgate_server.worker.gpu.sampling_filter import choose_filter
 from rillgate_server.worker.gpu.sampling_tables import SamplingTables
 
