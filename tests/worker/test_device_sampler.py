@@ -12,7 +12,7 @@ from torch import Tensor
 from rillgate_server.core.random_draw import uniform
 from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import SlotStart
-from rillgate_server.worker import sampling_kernels
+from rillgate_server.worker.gpu import sampling_kernels
 from rillgate_server.worker.gpu.device_sampler import DeviceSampler, Draw
 from rillgate_server.worker.gpu.sampling_tables import COUNT_SHIFT, MAX_COUNT, SamplingTables
 from rillgate_server.worker.sampler import sample
