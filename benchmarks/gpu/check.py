@@ -3,8 +3,9 @@
     python -m benchmarks.gpu.check [--only PART ...] [--budget-s S] [--work-dir DIR] [--keep]
 
 First the checks of tests/gpu, then each part in turn (benchmarks.gpu.plan), in processes of their
-own and with limits of their own, then the table. What is known is written after each part, into
-results/gpu.json and results/gpu_check.txt. What does not fit into the budget is listed as skipped.
+own and with limits of their own, then the Triton kernels' own tests, then the table. What is known
+is written after each part, into results/gpu.json and results/gpu_check.txt. What does not fit into
+the budget is listed as skipped.
 Without a GPU nothing is measured, and nothing is written. `--tiny --device cpu` runs all parts in
 tiny shapes on a CPU: for tests.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.children import Budget, Children, Findings, part_command
-from benchmarks.gpu.correctness import run_checks
+from benchmarks.gpu.correctness import COMMAND, KERNELS_COMMAND, run_checks
 from benchmarks.gpu.plan import NAMES, runs_of_a_group, with_needs
 from benchmarks.gpu.ratios import ratios
 from benchmarks.gpu.rows import find
@@ -32,7 +33,9 @@ from benchmarks.results_file import RESULTS, ROOT, git_commit, write_results
 from rillgate_server.core.clock import SystemClock
 
 _CHECKS = "checks"
-_CHECKS_TIMEOUT_S = 240.0
+_KERNELS = "kernels"
+_CHECKS_TIMEOUT_S = 200.0
+_LEAST_CHECKS_S = 20.0
 _BUDGET_S = 450.0
 _PACKAGES = ("torch", "triton", "transformers", "grpcio", "protobuf")
 
@@ -93,9 +96,10 @@ def main(given: Sequence[str] | None = None) -> int:
     report = Report(arguments, findings)
     if arguments.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    names = [name for name in arguments.only or (_CHECKS, *NAMES) if name != _CHECKS]
-    if _CHECKS in (arguments.only or ([] if arguments.tiny else [_CHECKS])):
-        _check(report, findings, budget, environment)
+    chosen = arguments.only or ((*NAMES,) if arguments.tiny else (_CHECKS, *NAMES, _KERNELS))
+    names = [name for name in chosen if name in NAMES]
+    if _CHECKS in chosen:
+        report.checks = _check(_CHECKS, COMMAND, findings, budget, environment)
     parts = with_needs(names)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         findings.skipped |= dict.fromkeys((part.name for part in parts), "no CUDA device")
@@ -112,27 +116,40 @@ def main(given: Sequence[str] | None = None) -> int:
             if not arguments.keep:
                 for shape in (scale.large, scale.small):
                     shutil.rmtree(arguments.work_dir / shape.name, ignore_errors=True)
+        if _KERNELS in chosen:
+            _check(_KERNELS, KERNELS_COMMAND, findings, budget, environment)
+            report.write()
     print(f"\n{report.table()}", flush=True)
     return 1 if findings.failed else 0
 
 
-def _check(report: Report, findings: Findings, budget: Budget, environment: dict[str, str]) -> None:
-    """Run the checks of tests/gpu, and note what came of them."""
+def _check(
+    name: str,
+    command: Sequence[str],
+    findings: Findings,
+    budget: Budget,
+    environment: dict[str, str],
+) -> str:
+    """Run checks, note what came of them, and return their table."""
+    limit_s = min(_CHECKS_TIMEOUT_S, budget.left_s)
+    if limit_s < _LEAST_CHECKS_S:
+        findings.skipped[name] = f"{budget.left_s:.0f} s of the budget were left"
+        return ""
     try:
-        limit_s = min(_CHECKS_TIMEOUT_S, budget.left_s)
-        report.checks, row = run_checks(environment, limit_s)
+        said, row = run_checks(environment, limit_s, command)
     except (TimeoutError, RuntimeError) as error:
-        findings.failed[_CHECKS] = str(error)
-        return
-    findings.rows.append(row | {"part": _CHECKS})
+        findings.failed[name] = str(error)
+        return ""
+    findings.rows.append(row | {"part": name, "what": name})
     num_failed = row.get("failed", 0) + row.get("error", 0)
     if num_failed:
-        findings.failed[_CHECKS] = f"{num_failed} of the checks of tests/gpu"
+        findings.failed[name] = f"{num_failed} of its tests"
+    return said
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choices = (_CHECKS, *NAMES)
+    choices = (_CHECKS, *NAMES, _KERNELS)
     parser.add_argument("--only", nargs="+", choices=choices, help="these, and what they need")
     parser.add_argument("--budget-s", type=float, default=_BUDGET_S, help="for everything (450)")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "gpu")

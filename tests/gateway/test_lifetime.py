@@ -308,7 +308,7 @@ async def test_a_reader_that_pauses_holds_up_nobody_and_gets_everything_in_fewer
     stack: Stack,
 ) -> None:
     """The engine goes on to the end, a neighbour too; what gathered leaves in long messages."""
-    num_tokens, num_choices = 400, 8
+    num_tokens, num_choices = 800, 8
     message = request(
         tokens=PROMPT,
         stopping__max_tokens=num_tokens,

@@ -243,7 +243,7 @@ def test_the_type_is_the_checkpoints_or_the_one_asked_for(
 def test_an_unknown_type_is_a_setting_error(tmp_path: Path) -> None:
     """The message lists what is allowed."""
     path = make_checkpoint(tmp_path / "model", "llama")
-    with pytest.raises(ConfigError, match=r"model.dtype is int3; allowed: auto, bfloat16, float32"):
+    with pytest.raises(ConfigError, match=r"is int3; allowed on a cpu: auto, bfloat16, float32"):
         Worker.load(path, WorkerOptions(dtype="int3"))
 
 

@@ -257,7 +257,11 @@ def launch_all() -> None:
             (torch.float16, "float16"),
         )
     ]
-    cases += [((28, 4, 128), torch.float32, "float32"), ((16, 16, 192), torch.bfloat16, "bfloat16")]
+    cases += [
+        ((28, 4, 128), torch.float32, "float32"),
+        ((16, 16, 192), torch.bfloat16, "bfloat16"),
+        ((16, 16, 192), torch.float32, "float32"),
+    ]
     for (num_heads, heads, dim), dtype, kv_dtype in cases:
         value_dim = 128 if dim == 192 else dim
         layout = KVLayout.build(16, kv_dtype, (((heads, dim), (heads, value_dim), None),))
@@ -280,7 +284,8 @@ def test_the_kernels_compile_for_a_gpu() -> None:
     assert {it.name for it in compiled} == {"attend", "join", "store_vectors"}
     for it in compiled:
         assert it.shared_bytes <= MAX_SHARED_BYTES, it
-        assert it.spilled_bytes <= 16, it
+        # In float32, which checks compute in and hardly anybody else, tiles are a tight fit.
+        assert it.spilled_bytes <= (16 if it.constants.get("KEYS") != "32" else 1000), it
 
 
 def launch_many_steps() -> None:

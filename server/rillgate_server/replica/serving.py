@@ -11,6 +11,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from rillgate_server.config.settings import Settings
 from rillgate_server.core.block_hash import HASH_SCHEME
@@ -25,7 +26,7 @@ from rillgate_server.replica.doors import Doors, check_doors
 from rillgate_server.replica.engine_service import EngineService
 from rillgate_server.replica.watchdog import Watchdog
 from rillgate_server.scheduler.scheduler import Scheduler
-from rillgate_server.worker.compute_device import used_memory
+from rillgate_server.worker.compute_device import CPU, Device, used_memory
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,11 @@ def serve_engine(
     return asyncio.run(_serve(settings, spec, sizes, executor, call_on_loss))
 
 
+def _device_of(executor: Executor) -> Device:
+    """Return where it computes; what is no model's computes nowhere."""
+    return getattr(executor, "device", CPU)
+
+
 async def _serve(
     settings: Settings,
     spec: ModelSpec,
@@ -69,7 +75,7 @@ async def _serve(
     engine_loop = EngineLoop(
         Engine(scheduler, executor, clock), clock, service.on_event, ended.on_fatal
     )
-    service.attach(engine_loop, used_memory)
+    service.attach(engine_loop, partial(used_memory, _device_of(executor)))
     doors = Doors(service, settings.replica, settings.link)
     watchdog = Watchdog(engine_loop.load, clock)
     engine_loop.start()

@@ -66,16 +66,16 @@ def free_memory(device: torch.device, max_memory_bytes: int, num_sharing: int) -
     return FreeMemory(free_bytes(device), host_bytes, is_shared=False)
 
 
-def used_memory() -> DeviceMemory:
-    """Return what this process's GPU has in use; any thread may ask."""
-    if not torch.cuda.is_initialized():
+def used_memory(device: torch.device) -> DeviceMemory:
+    """Return what this process has in use of a GPU; any thread may ask."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
         return DeviceMemory()
-    _, total_bytes = torch.cuda.mem_get_info()
+    _, total_bytes = torch.cuda.mem_get_info(device)
     return DeviceMemory(
         int(total_bytes),
-        torch.cuda.memory_allocated(),
-        torch.cuda.memory_reserved(),
-        torch.cuda.max_memory_allocated(),
+        torch.cuda.memory_allocated(device),
+        torch.cuda.memory_reserved(device),
+        torch.cuda.max_memory_allocated(device),
     )
 
 

@@ -52,7 +52,7 @@ class KVStorage:
         memory = _reserve(num_bytes, device) if pin is None else _reserve_whole(num_bytes)
         self.bytes = memory.view(num_blocks, layout.block_bytes)
         """[num_blocks, block_bytes], uint8, on the tier's device."""
-        self.is_pinned = pin is not None and try_to_pin(self.bytes, pin)
+        self.is_pinned = pin is not None and num_bytes > 0 and try_to_pin(self.bytes, pin)
         self.num_pageable_blocks = 0 if pin is None or self.is_pinned else num_blocks
         """Blocks that were to be pinned and are not."""
         self.layers = tuple(view_layer(self.bytes, layout, layer) for layer in layout.layers)

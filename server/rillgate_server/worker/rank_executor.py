@@ -24,7 +24,7 @@ from rillgate_server.core.step_codec import (
     sampled_tokens,
 )
 from rillgate_server.errors import RankLost
-from rillgate_server.worker.compute_device import FindFreeMemory
+from rillgate_server.worker.compute_device import Device, FindFreeMemory
 from rillgate_server.worker.rank_group import RankGroup
 from rillgate_server.worker.rank_watch import OnLost
 from rillgate_server.worker.worker import Worker
@@ -53,6 +53,11 @@ class RankExecutor:
     def __repr__(self) -> str:
         """Show the group."""
         return f"RankExecutor({self._group}, {self._worker})"
+
+    @property
+    def device(self) -> Device:
+        """Of rank 0."""
+        return self._worker.device
 
     @property
     def spec(self) -> ModelSpec:

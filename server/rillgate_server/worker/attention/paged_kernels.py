@@ -104,90 +104,92 @@ def attend(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915  # size: a
     KEYS: tl.constexpr,
     IS_INT8: tl.constexpr,
 ):
-    """Attend for one item and one head of keys.
+    """Attend for items and one head of keys.
 
-    items: see tiles.Cut; count: how many there are (a captured launch has programs to spare).
+    items: see tiles.Cut; count: how many there are. A program takes one item after another, so that
+    a captured launch, which must have room for the most items, has no more programs than pay.
     output: [tokens, HEADS * GROUP, VALUE_DIM]. parts: [parts, HEADS, PART_LINES, VALUE_DIM] and
     sums: [parts, HEADS, PART_LINES], float32: the logarithm, base 2, of the sum of exponentials.
     """
-    item, head = tl.program_id(0), tl.program_id(1)
-    if item >= tl.load(count):
-        return
-    token = tl.load(items + item).to(tl.int64)
-    num_tokens = tl.load(items + items_stride + item)
-    start = tl.load(items + 2 * items_stride + item)
-    table = tables + tl.load(items + 3 * items_stride + item)
-    first = tl.load(items + 4 * items_stride + item)
-    end = tl.load(items + 5 * items_stride + item)
-    part = tl.load(items + 6 * items_stride + item).to(tl.int64)
+    head = tl.program_id(1)
+    for item in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+        token = tl.load(items + item).to(tl.int64)
+        num_tokens = tl.load(items + items_stride + item)
+        start = tl.load(items + 2 * items_stride + item)
+        table = tables + tl.load(items + 3 * items_stride + item)
+        first = tl.load(items + 4 * items_stride + item)
+        end = tl.load(items + 5 * items_stride + item)
+        part = tl.load(items + 6 * items_stride + item).to(tl.int64)
 
-    line = tl.arange(0, QUERIES * GROUP_LINES)
-    own, of_group = line // GROUP_LINES, line % GROUP_LINES
-    is_line = (own < num_tokens) & (of_group < GROUP)
-    query_head = head * GROUP + of_group
-    position = start + own
-    key_at, value_at = tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
-    own_token = token + own
-    q = tl.load(
-        query
-        + query_head[:, None] * query_head_stride
-        + own_token[:, None] * query_token_stride
-        + key_at[None, :],
-        mask=is_line[:, None] & (key_at < KEY_DIM)[None, :],
-        other=0.0,
-    )
-    most = tl.full((QUERIES * GROUP_LINES,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((QUERIES * GROUP_LINES,), dtype=tl.float32)
-    found = tl.zeros((QUERIES * GROUP_LINES, VALUE_PADDED), dtype=tl.float32)
-    for at in range(first, end, KEYS):
-        seen = at + tl.arange(0, KEYS)
-        is_seen = seen < end
-        block = tl.load(table + seen // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
-        in_block = (seen % BLOCK_SIZE) * HEADS + head
-        k = tl.load(
-            keys + (block * key_stride + in_block * KEY_DIM)[None, :] + key_at[:, None],
-            mask=is_seen[None, :] & (key_at < KEY_DIM)[:, None],
-            other=0,
+        line = tl.arange(0, QUERIES * GROUP_LINES)
+        own, of_group = line // GROUP_LINES, line % GROUP_LINES
+        is_line = (own < num_tokens) & (of_group < GROUP)
+        query_head = head * GROUP + of_group
+        position = start + own
+        key_at, value_at = tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
+        own_token = token + own
+        q = tl.load(
+            query
+            + query_head[:, None] * query_head_stride
+            + own_token[:, None] * query_token_stride
+            + key_at[None, :],
+            mask=is_line[:, None] & (key_at < KEY_DIM)[None, :],
+            other=0.0,
         )
-        v = tl.load(
-            values + (block * value_stride + in_block * VALUE_DIM)[:, None] + value_at[None, :],
-            mask=is_seen[:, None] & (value_at < VALUE_DIM)[None, :],
-            other=0,
-        )
-        score = tl.dot(q, k.to(q.dtype), input_precision="tf32x3")
-        if IS_INT8:  # integers are exact in the model's type; their scales go onto the products
-            scale = tl.load(
-                key_scales + block * key_scale_stride + in_block, mask=is_seen, other=0.0
+        most = tl.full((QUERIES * GROUP_LINES,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((QUERIES * GROUP_LINES,), dtype=tl.float32)
+        found = tl.zeros((QUERIES * GROUP_LINES, VALUE_PADDED), dtype=tl.float32)
+        for at in range(first, end, KEYS):
+            seen = at + tl.arange(0, KEYS)
+            is_seen = seen < end
+            block = tl.load(table + seen // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
+            in_block = (seen % BLOCK_SIZE) * HEADS + head
+            k = tl.load(
+                keys + (block * key_stride + in_block * KEY_DIM)[None, :] + key_at[:, None],
+                mask=is_seen[None, :] & (key_at < KEY_DIM)[:, None],
+                other=0,
             )
-            score = score * scale.to(tl.float32)[None, :]
-        score = score * (scaling * _LOG2_E)
-        is_in = is_seen[None, :] & (seen[None, :] <= position[:, None])
-        if window > 0:
-            is_in = is_in & (seen[None, :] > position[:, None] - window)
-        score = tl.where(is_in, score, float("-inf"))
-        new_most = tl.maximum(most, tl.max(score, axis=1))
-        # A line that has seen nothing yet keeps zeros: -inf less -inf would be a NaN.
-        base = tl.where(new_most == float("-inf"), 0.0, new_most)
-        weight = tl.exp2(score - base[:, None])
-        shrink = tl.exp2(most - base)
-        total = total * shrink + tl.sum(weight, axis=1)
-        if IS_INT8:
-            scale = tl.load(
-                value_scales + block * value_scale_stride + in_block, mask=is_seen, other=0.0
+            v = tl.load(
+                values + (block * value_stride + in_block * VALUE_DIM)[:, None] + value_at[None, :],
+                mask=is_seen[:, None] & (value_at < VALUE_DIM)[None, :],
+                other=0,
             )
-            weight = tl.where(is_in, weight * scale.to(tl.float32)[None, :], 0.0)
-        found = found * shrink[:, None]
-        found += tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision="tf32x3")
-        most = new_most
-    found = found / tl.where(total == 0.0, 1.0, total)[:, None]
-    is_out = is_line[:, None] & (value_at < VALUE_DIM)[None, :]
-    if part < 0:
-        place = (own_token * (HEADS * GROUP) + query_head)[:, None] * VALUE_DIM
-        tl.store(output + place + value_at[None, :], found.to(output.dtype.element_ty), mask=is_out)
-    else:
-        left = (part * HEADS + head) * PART_LINES + own * GROUP + of_group
-        tl.store(parts + left[:, None] * VALUE_DIM + value_at[None, :], found, mask=is_out)
-        tl.store(sums + left, most + tl.log2(total), mask=is_line)
+            score = tl.dot(q, k.to(q.dtype), input_precision="tf32x3")
+            if IS_INT8:  # integers are exact in the model's type; their scales go onto the products
+                scale = tl.load(
+                    key_scales + block * key_scale_stride + in_block, mask=is_seen, other=0.0
+                )
+                score = score * scale.to(tl.float32)[None, :]
+            score = score * (scaling * _LOG2_E)
+            is_in = is_seen[None, :] & (seen[None, :] <= position[:, None])
+            if window > 0:
+                is_in = is_in & (seen[None, :] > position[:, None] - window)
+            score = tl.where(is_in, score, float("-inf"))
+            new_most = tl.maximum(most, tl.max(score, axis=1))
+            # A line that has seen nothing yet keeps zeros: -inf less -inf would be a NaN.
+            base = tl.where(new_most == float("-inf"), 0.0, new_most)
+            weight = tl.exp2(score - base[:, None])
+            shrink = tl.exp2(most - base)
+            total = total * shrink + tl.sum(weight, axis=1)
+            if IS_INT8:
+                scale = tl.load(
+                    value_scales + block * value_scale_stride + in_block, mask=is_seen, other=0.0
+                )
+                weight = tl.where(is_in, weight * scale.to(tl.float32)[None, :], 0.0)
+            found = found * shrink[:, None]
+            found += tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision="tf32x3")
+            most = new_most
+        found = found / tl.where(total == 0.0, 1.0, total)[:, None]
+        is_out = is_line[:, None] & (value_at < VALUE_DIM)[None, :]
+        if part < 0:
+            place = (own_token * (HEADS * GROUP) + query_head)[:, None] * VALUE_DIM
+            tl.store(
+                output + place + value_at[None, :], found.to(output.dtype.element_ty), mask=is_out
+            )
+        else:
+            left = (part * HEADS + head) * PART_LINES + own * GROUP + of_group
+            tl.store(parts + left[:, None] * VALUE_DIM + value_at[None, :], found, mask=is_out)
+            tl.store(sums + left, most + tl.log2(total), mask=is_line)
 
 
 @triton.jit(do_not_specialize=["joins_stride"], do_not_specialize_on_alignment=["joins", "count"])

@@ -41,6 +41,8 @@ from rillgate_server.worker.layer_cache import (
 _MIN_LINES = 16
 """Of a tile: what a product takes on the matrix units."""
 _CHUNK_LINES = 128
+_MAX_PROGRAMS = 1024
+"""For a head of keys; four heads then have ten for each place on an H200's multiprocessors."""
 _MAX_STAGED_BYTES = 96 * 1024
 """Of the keys and values on their way to a program: two programs then fit a multiprocessor, whose
 shared memory is 228 KB, and what they read is more than is under way at full bandwidth."""
@@ -150,10 +152,10 @@ class TritonPagedAttention:
         keys = KEYS_PER_STEP
         while keys > 16 and 2 * keys * row_bytes > _MAX_STAGED_BYTES:
             keys //= 2
-        if row_bytes > 1024:  # float32, or very wide heads
-            lines = min(lines, 64)
+        if row_bytes > 1024:  # float32, or very wide heads: more does not fit
+            lines = min(lines, 32)
         queries = max(1, lines // group_lines)
-        num_stages = 5 if is_decode else 4
+        num_stages = 4 if row_bytes >= 1024 and not is_decode else 5
         return _Tile(
             queries,
             group_lines,
@@ -269,7 +271,7 @@ class TritonStep:
             "QUERIES": tile.queries,
             "PART_LINES": tile.part_lines,
         }
-        attend[pieces.items.shape[1], of.num_kv_heads](
+        attend[min(pieces.items.shape[1], _MAX_PROGRAMS), of.num_kv_heads](
             query,
             keys.tokens,
             key_scales,

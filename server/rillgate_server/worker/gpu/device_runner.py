@@ -221,6 +221,8 @@ class DeviceRunner:
 
         logits: [num_positions, vocab_size], each row's last known token and drafts, in order.
         """
+        # Drafts wait for their slot's result: else the tokens noted here would come before it.
+        assert not any(self._batch.slot(row.slot).num_pending for row in rows), rows
         drawn: list[list[SampledToken]] = [[] for _ in rows]
         firsts = list(accumulate((1 + len(row.draft_token_ids) for row in rows), initial=0))
         going, done = list(range(len(rows))), 0

@@ -33,5 +33,6 @@ def hidden_in_parts(
     _log.warning("out of memory in a step of %d tokens: computing it in halves", arrays.size)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    halves = [hidden_in_parts(network, compute, half) for half in arrays.halves()]
+    # Cloned: a captured step's output lies where the next one's will.
+    halves = [hidden_in_parts(network, compute, half).clone() for half in arrays.halves()]
     return torch.cat(halves)
