@@ -53,10 +53,13 @@ def open_network(work_dir: Path, scale: Scale) -> Iterator[LoadedNetwork]:
         network.to(device)
     loaded = LoadedNetwork(network, scale.large.vocab_size, "its choice")
     warm = prompts("warm-up", 2, scale.request_prompt_tokens, scale.large.vocab_size)
+    runs = True
     try:
         generate(loaded, warm, _WARM_TOKENS)
     except Exception as error:  # whatever it is, sdpa may do
         print(f"attention of its choice: {error!r}", flush=True)
+        runs = False
+    if not runs:  # past the handler: what the failed attempt held is free by now
         loaded = LoadedNetwork(network, scale.large.vocab_size, "paged|sdpa")
         network.set_attn_implementation(loaded.attention)
         generate(loaded, warm, _WARM_TOKENS)
