@@ -15,7 +15,7 @@ from rillgate_server.core.sampling_params import SamplingParams
 from rillgate_server.core.step import RowPlan, SlotStart, StepLimits, StepPlan, StepResult
 from rillgate_server.worker.attention.base import AttentionStep
 from rillgate_server.worker.attention.triton_paged import TritonPagedAttention
-from rillgate_server.worker.gpu.assembly import capture_decode
+from rillgate_server.worker.gpu.assembly import capture_decode, capture_one_step
 from rillgate_server.worker.gpu.device_runner import DeviceRunner
 from rillgate_server.worker.gpu.device_sampler import DeviceSampler
 from rillgate_server.worker.gpu.step_memory import compute_largest_step
@@ -238,3 +238,21 @@ def test_drafts_hold_as_far_as_they_are_what_is_drawn(
         StepPlan(2, (), (RowPlan(0, 6, 3, draft_token_ids=tuple(expected[4:6])),))
     )
     assert last.token_ids == (tuple(expected[4:7]),)
+
+
+def test_a_captured_step_can_be_computed_again_to_be_timed(checkpoint: MakeCheckpoint) -> None:
+    """It is the whole step, of rows with contexts of their own; what cannot be captured is not."""
+    worker = load_worker(checkpoint("llama"))
+    network = GpuDecoder(load(checkpoint("llama")))
+    tiers = reserve_tiers(worker.layout, 15, 0, DEVICE)
+    attention = TritonPagedAttention(tiers.device, network.num_heads, torch.float32)
+    again = capture_one_step(network, attention, 3, 17)
+    assert again is not None
+    first = again().clone()
+    assert first.shape == (3, network.model.config.hidden_size)
+    assert torch.equal(first[0], first[2])  # the same token over zeros
+    tiers.device.layers[0].values.tokens[10] = 3.0
+    assert not torch.equal(again()[2], first[2])
+    assert torch.equal(again()[0], first[0])
+    passing = TransformersNetwork(load(checkpoint("llama")))
+    assert capture_one_step(passing, attention, 3, 17) is None

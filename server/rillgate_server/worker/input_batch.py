@@ -75,8 +75,14 @@ class InputBatch:
     hold its first block (gathers may overshoot, see PackedRow).
     """
 
-    def __init__(self, block_size_tokens: int, num_blocks: int, vocab_size: int) -> None:
-        """Start without slots; `num_blocks` is the pool's size, for checks."""
+    def __init__(
+        self, block_size_tokens: int, num_blocks: int, vocab_size: int, *, draws: bool = True
+    ) -> None:
+        """Start without slots; `num_blocks` is the pool's size, for checks.
+
+        `draws`: tokens are drawn on the host, from what its slots have said.
+        """
+        self._draws = draws
         self._block_size = block_size_tokens
         self._num_blocks = num_blocks
         self._vocab_size = vocab_size
@@ -164,7 +170,7 @@ class InputBatch:
             list(start.token_ids),
             start.num_prompt_tokens,
             0,
-            SlotSampling.start(start, self._vocab_size),
+            SlotSampling.start(start, self._vocab_size, keeps_history=self._draws),
         )
         self._extend(start.slot, start.block_table)
 

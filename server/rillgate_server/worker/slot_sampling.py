@@ -38,10 +38,18 @@ class SlotSampling:
         """[num_biases], float64."""
 
     @classmethod
-    def start(cls, start: SlotStart, vocab_size: int) -> "SlotSampling":
-        """Build the state of a slot that already has `start.token_ids`."""
+    def start(
+        cls, start: SlotStart, vocab_size: int, *, keeps_history: bool = True
+    ) -> "SlotSampling":
+        """Build the state of a slot that already has `start.token_ids`.
+
+        `keeps_history`: what penalties need; where a GPU draws, it has that itself.
+        """
         params = start.sampling
         state = cls(params, start.choice_index)
+        if not keeps_history:
+            state.num_generated = len(start.token_ids) - start.num_prompt_tokens
+            return state
         if params.repetition_penalty != 1.0:
             state.seen = torch.zeros(vocab_size, dtype=torch.bool)
             state.seen[list(start.token_ids[: start.num_prompt_tokens])] = True

@@ -4,7 +4,9 @@ Imported only where there is a GPU, or Triton's interpreter (tests).
 """
 
 import logging
+from functools import partial
 
+import numpy as np
 import torch
 
 from rillgate_server.core.step import StepLimits
@@ -14,6 +16,7 @@ from rillgate_server.worker.draft_model import DraftModel
 from rillgate_server.worker.gpu.cuda_graphs import CudaCapture, DecodeGraphs, Launch, graph_sizes
 from rillgate_server.worker.gpu.device_runner import DeviceRunner
 from rillgate_server.worker.gpu.device_sampler import DeviceSampler
+from rillgate_server.worker.gpu.step_arrays import Run, StepArrays
 from rillgate_server.worker.kv_transfer import KVTransfer
 from rillgate_server.worker.network.base import Network
 
@@ -52,6 +55,26 @@ def capture_decode(
     except RuntimeError as error:  # OutOfMemoryError is one
         _log.warning("decode steps could not be captured in CUDA graphs: %s", error)
         return None
+
+
+@torch.inference_mode()
+def capture_one_step(
+    network: Network, attention: TritonPagedAttention, num_rows: int, context_tokens: int
+) -> Launch | None:
+    """Capture a decode step of rows at the end of contexts of their own; what is returned computes
+    it again, to be timed. None where steps of this network are not captured."""
+    if not network.is_capturable:
+        return None
+    limits = StepLimits(num_rows, num_rows, context_tokens)
+    graphs = capture_decode(network, attention, limits)
+    if graphs is None:
+        return None
+    size = attention.storage.layout.block_size_tokens
+    tables = np.arange(num_rows * -(-context_tokens // size)).reshape(num_rows, -1)
+    runs = [Run(row, context_tokens - 1, [0], table) for row, table in enumerate(tables)]
+    last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=attention.device)
+    assert graphs.run(StepArrays.of(runs, size), last_tokens) is not None
+    return partial(graphs.again, num_rows)
 
 
 def _repeat(launch: Launch) -> Launch:

@@ -81,6 +81,10 @@ class DecodeGraphs:
         fill_unknown(of.fields, last_tokens)
         return of.replay()[:num_rows]
 
+    def again(self, num_rows: int) -> Tensor:
+        """Compute the step of a captured size that ran last, once more."""
+        return self._sizes[num_rows].replay()
+
     def _captured(self, network: Network, num_rows: int, capture: Capture) -> _Size:
         device = self._static.device
         fields = torch.zeros(NUM_FIELDS, num_rows, dtype=torch.int64, device=device)

@@ -94,7 +94,7 @@ class DeviceRunner:
         self._device = attention.device
         storage = attention.storage
         self._batch = InputBatch(
-            storage.layout.block_size_tokens, storage.num_blocks, sampler.vocab_size
+            storage.layout.block_size_tokens, storage.num_blocks, sampler.vocab_size, draws=False
         )
         self._begun: deque[_Begun] = deque()
         self._ended: Mark | None = None
