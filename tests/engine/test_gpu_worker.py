@@ -7,7 +7,6 @@ preemption, both tiers. Without a GPU Triton's kernels run in its interpreter, s
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from rillgate_server.core.model_spec import CacheSizes
@@ -28,6 +27,7 @@ from tests.support.engine_run import (
 )
 from tests.support.worker_fixtures import BLOCK_SIZE, MakeCheckpoint, MakeReference
 
+KIND = "qwen2-windows"
 NUM_PROMPTS = 6
 NUM_BLOCKS = 24
 
@@ -46,12 +46,11 @@ def load_gpu_worker(path: Path) -> Worker:
     return worker
 
 
-@pytest.mark.parametrize("kind", ["qwen2-windows", "llama"])
 def test_requests_get_the_tokens_of_generate(
-    kind: str, checkpoint: MakeCheckpoint, reference: MakeReference
+    checkpoint: MakeCheckpoint, reference: MakeReference
 ) -> None:
     """Though each plan is made before the last one's tokens are known."""
-    path, expected = checkpoint(kind), reference(kind)[1][:NUM_PROMPTS]
+    path, expected = checkpoint(KIND), reference(KIND)[1][:NUM_PROMPTS]
     worker = load_gpu_worker(path)
     limits = StepLimits(BATCHER.max_running, BATCHER.max_step_tokens, 512)
     worker.allocate_cache(NUM_BLOCKS, NUM_HOST_BLOCKS, audit=True, limits=limits)
