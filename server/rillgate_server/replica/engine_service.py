@@ -202,6 +202,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self, commands: AsyncIterator[engine_pb2.EngineCommand], context: "_RunContext"
     ) -> None:
         """Serve one gateway's stream until either side ends it."""
+        # Now: with a first write that never ends, an abort would send them once more, and fail.
+        await context.send_initial_metadata(())
         stream = RunStream(self._limits.max_buffered_tokens)
         self._streams.add(stream)
         tasks = [
