@@ -102,7 +102,8 @@ def main(given: Sequence[str] | None = None) -> int:
         report.checks = _check(_CHECKS, COMMAND, findings, budget, environment)
     parts = with_needs(names)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        findings.skipped |= dict.fromkeys((part.name for part in parts), "no CUDA device")
+        left = [part.name for part in parts] + [_KERNELS] * (_KERNELS in chosen)
+        findings.skipped |= dict.fromkeys(left, "no CUDA device")
         findings.rows.clear()
     else:
         report.write()
